@@ -1,0 +1,199 @@
+"""One call of ``from_pretrained``: what is known of its checkpoint, from the first argument to the open files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftq.adapters.transformers.source import HUB_ARGUMENTS, Source
+from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.quant_linear.checkpoint import PICKLE_ENDINGS, CheckpointIndex
+from graftq.quant_linear.errors import CheckpointError
+
+SAFE_ENDINGS = (".safetensors", ".safetensors.index.json")
+NOT_WEIGHTS = ("adapter_model", "consolidated", "training_args", "optimizer", "scheduler", "rng_state")
+
+_current: ContextVar[Loading | None] = ContextVar("graftq_loading", default=None)
+
+
+@dataclass
+class Loading:
+    """State of one ``from_pretrained`` call.
+
+    Attributes:
+        source: Where the checkpoint is; None if the caller hands in a state dict.
+        arguments: The keyword arguments of the call.
+        config: The GPTQ parameters, once found; None if this is not a GPTQ checkpoint.
+        method: The ``quant_method`` that ``config.json`` names, if any.
+        index: The tensors of the files, once these are resolved.
+    """
+
+    source: Source | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    config: QuantConfig | None = None
+    method: str | None = None
+    index: CheckpointIndex | None = None
+
+    def read_configuration(self, config: Any) -> None:
+        """Find the GPTQ parameters, and put those of ``quantize_config.json`` where transformers looks.
+
+        Raises:
+            CheckpointError: if they are not GPTQ's, or damaged.
+        """
+        raw = _declared(config)
+        where = "config.json"
+        if raw is None and self.source is not None:
+            where = QUANTIZE_CONFIG
+            path = self.source.fetch(QUANTIZE_CONFIG)
+            if path is None:
+                return
+            raw = parse_json(Path(path).read_text(encoding="utf-8"), self.source.describe(where))
+            config.quantization_config = {"quant_method": "gptq", **raw}
+        if raw is None:
+            return
+        self.method = str(raw.get("quant_method") or "gptq")
+        if self.method.lower() == "gptq" or where == QUANTIZE_CONFIG:
+            self.config = QuantConfig.from_dict(raw, self.source.describe(where) if self.source else where)
+
+    def find_weights(self, arguments: dict[str, Any]) -> str | None:
+        """Name the weight file, in ``arguments`` of transformers' resolver, where that would not find it.
+
+        Returns:
+            The path of a pickle, if the user has allowed pickles and there is nothing better.
+
+        Raises:
+            CheckpointError: if only pickles are there, or several files that could be meant.
+        """
+        assert self.source is not None
+        assert self.config is not None
+        if arguments.get("transformers_explicit_filename") or arguments.get("variant"):
+            return None
+        stems = ("model", *self._weight_names())
+        for stem in stems:
+            for ending in SAFE_ENDINGS:
+                if self.source.has(stem + ending):
+                    self._choose(stem + ending, arguments)
+                    return None
+        names = [name for name in self.source.names() if not name.startswith(NOT_WEIGHTS)]
+        if named := self._only([name for name in names if name.endswith(SAFE_ENDINGS)]):
+            self._choose(named, arguments)
+            return None
+        tried = [stem + ending for stem in ("pytorch_model", *stems[1:]) for ending in PICKLE_ENDINGS]
+        pickles = [name for name in names if name.endswith(PICKLE_ENDINGS)] or [
+            name for name in tried if self.source.has(name)
+        ]
+        if not pickles:
+            return None  # transformers says what it looked for
+        if self.arguments.get("use_safetensors") is not False:
+            raise CheckpointError(
+                "only pickle files here, and a pickle can run any code. Convert it: load it with "
+                "torch.load(..., weights_only=True) and write it with safetensors.torch.save_file; "
+                "or allow it with from_pretrained(..., use_safetensors=False)",
+                file=self.source.describe(pickles[0]),
+            )
+        return self.source.fetch(self._only(pickles) or pickles[0])
+
+    def _weight_names(self) -> tuple[str, ...]:
+        """AutoGPTQ names the weights in ``quantize_config.json``, even where ``config.json`` has the rest."""
+        assert self.source is not None
+        assert self.config is not None
+        path = self.source.fetch(QUANTIZE_CONFIG)
+        if path is None:
+            return self.config.weight_names
+        where = self.source.describe(QUANTIZE_CONFIG)
+        named = QuantConfig.from_dict(parse_json(Path(path).read_text(encoding="utf-8"), where), where).weight_names
+        return tuple(dict.fromkeys((*named, *self.config.weight_names)))
+
+    def _choose(self, name: str, arguments: dict[str, Any]) -> None:
+        assert self.source is not None
+        arguments["transformers_explicit_filename"] = name
+        if name.endswith(".index.json"):
+            path = self.source.fetch(name)
+            index = parse_json(Path(path).read_text(encoding="utf-8"), self.source.describe(name)) if path else {}
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError("no weight_map in the index", file=self.source.describe(name))
+            for shard in sorted(set(weight_map.values())):
+                if os.path.basename(shard) != shard:
+                    raise CheckpointError(f"the index names a file outside: {shard}", file=self.source.describe(name))
+                if self.source.is_local and self.source.fetch(shard) is None:
+                    raise CheckpointError("the index names this file, and it is absent", file=self.source.describe(shard))
+
+    def _only(self, names: Sequence[str]) -> str | None:
+        indices = [name for name in names if name.endswith(".index.json")]
+        found = indices or list(names)
+        if len(found) > 1:
+            assert self.source is not None
+            raise CheckpointError(
+                f"several weight files, and nothing says which: {', '.join(found)}. Name one (without its ending) "
+                f"as model_file_base_name in {QUANTIZE_CONFIG}",
+                file=self.source.describe(""),
+            )
+        return found[0] if found else None
+
+    def open_index(self, files: Sequence[str], metadata: Mapping[str, Any] | None) -> None:
+        """Read the headers of the resolved files.
+
+        Raises:
+            CheckpointError: if one is absent, truncated or malformed.
+        """
+        self.index = CheckpointIndex.open(files, (metadata or {}).get("weight_map"))
+
+    def refuse_unlabelled(self, files: Sequence[str] | None, metadata: Mapping[str, Any] | None) -> None:
+        """Raise if the files hold packed tensors that nobody is going to unpack.
+
+        transformers loads a checkpoint without quantisation parameters, or with a ``quant_method`` it does
+        not know, as if it were not quantised: random weights, and a warning.
+        """
+        if not files or self.source is None or self.method in _known_methods():
+            return
+        if metadata and "weight_map" in metadata:
+            names: Sequence[str] = list(metadata["weight_map"])
+        elif files[0].endswith(".safetensors"):
+            names = list(CheckpointIndex.open(files).tensors)
+        else:
+            return
+        packed = next((name for name in names if name.endswith((".qweight", ".qzeros"))), None)
+        if packed is not None:
+            why = f"quant_method is {self.method!r}" if self.method else f"there is no {QUANTIZE_CONFIG}"
+            raise CheckpointError(
+                f"packed weights, but {why}, so nothing says how to unpack them",
+                file=self.source.describe("config.json"),
+                module=packed,
+            )
+
+
+@contextmanager
+def begin(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Make the call known to the seams inside it."""
+    hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
+    source = None if name is None or os.path.isfile(str(name)) else Source(str(name), hub)
+    token = _current.set(Loading(source, arguments))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Loading | None:
+    """The innermost ``from_pretrained`` call under way in this context."""
+    return _current.get()
+
+
+def _declared(config: Any) -> dict[str, Any] | None:
+    for holder in (config, config.get_text_config(decoder=True)):
+        raw = getattr(holder, "quantization_config", None)
+        if raw is not None:
+            return raw if isinstance(raw, dict) else raw.to_dict()
+    return None
+
+
+def _known_methods() -> set[str]:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    return set(AUTO_QUANTIZER_MAPPING)

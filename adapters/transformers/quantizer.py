@@ -1,0 +1,161 @@
+"""graftq's ``HfQuantizer``: what transformers calls, step by step, while it loads a GPTQ checkpoint."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import GPTQConfig as StockConfig
+
+from graftq.adapters.transformers import loading
+from graftq.adapters.transformers.plan import Plan, Projection, make_plan
+from graftq.adapters.transformers.swap import Dequantize, swap_modules
+from graftq.plugin.config import QuantConfig
+from graftq.quant_linear.checkpoint import CheckpointIndex
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.linear import QuantLinear
+
+
+class GPTQConfig(StockConfig):
+    """The stock configuration, without what only matters to quantising.
+
+    Bears the stock name because transformers compares the names of the classes that it merges.
+    """
+
+    def __init__(self, bits: int, **kwargs: Any):
+        super().__init__(bits, **{key: value for key, value in kwargs.items() if value is not None})
+        self.dynamic = kwargs.get("dynamic")
+
+    def post_init(self) -> None:
+        """Check what quantising needs only if this is to quantise; loading is checked by :class:`QuantConfig`."""
+        if self.dataset is not None:
+            super().post_init()
+        elif self.backend is None:
+            self.backend = "auto"
+
+
+def make_quantizer(stock: type[HfQuantizer]) -> type[HfQuantizer]:
+    """A quantiser class that loads with graftq, and leaves quantising to ``stock``."""
+
+    class GptqHfQuantizer(GraftqQuantizer):
+        def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+            if kwargs.get("pre_quantized", True):
+                return super().__new__(cls)
+            return stock(quantization_config, **kwargs)
+
+    return GptqHfQuantizer
+
+
+class GraftqQuantizer(HfQuantizer):
+    """Loads a GPTQ checkpoint: packed layers in place of the model's, before the weights come."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        # Needed from the skeleton to the last weight, then dropped.
+        self._model: Any = None
+        self._plan = Plan()
+        self._index = CheckpointIndex({})
+        self._dense: dict[str, Projection] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        current = loading.current()
+        config = current.config if current and current.config else self._own_config()
+        if current is not None and current.index is not None:
+            self._index = current.index
+        elif checkpoint_files:
+            self._index = CheckpointIndex.open(checkpoint_files)
+        else:
+            raise CheckpointError("a GPTQ model is loaded from files; from_pretrained(state_dict=...) is not supported")
+        key_mapping = current.arguments.get("key_mapping") if current else None
+        self._model = model
+        self._plan = make_plan(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
+        self._dense = swap_modules(model, self._plan)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def _own_config(self) -> QuantConfig:
+        return QuantConfig.from_dict(self.quantization_config.to_dict(), "quantization_config")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Add the names of experts' packed tensors, and the modules to be dequantised, to the model's own mapping."""
+        extended = [*weight_conversions]
+        extended += [WeightRenaming(source, target) for source, target in self._plan.renamings.items()]
+        extended += self._dense_converters()
+        self._check_nothing_missing(extended)
+        return extended
+
+    def _dense_converters(self) -> list[WeightConverter]:
+        specs = {target: projection.spec for target, projection in self._dense.items()}
+        tails: dict[str, set[str]] = {}
+        for target, projection in self._dense.items():
+            # The loader makes one converter per layer out of one pattern; it names the module below the layer.
+            tail = re.split(r"\d+", target)[-1]
+            tails.setdefault(tail, set()).update(projection.infos)
+        return [
+            WeightConverter(
+                [re.escape(f"{tail}.{suffix}") + "$" for suffix in sorted(suffixes)],
+                f"{tail}.weight",
+                [Dequantize(specs, self)],
+            )
+            for tail, suffixes in tails.items()
+        ]
+
+    def _check_nothing_missing(self, conversions: list[Any]) -> None:
+        """Raise where transformers would fill a hole with random numbers and a warning."""
+        model = self._model
+        expected = model.state_dict()
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
+        found = set()
+        for name in self._index.tensors:
+            renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            patterns = targets.get(source, [""]) if source else [""]
+            found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        output = _output_embedding(model)
+        for name in expected.keys() - found - model.all_tied_weights_keys.keys():
+            essential = not model.base_model_prefix or name.startswith((f"{model.base_model_prefix}.", f"{output}."))
+            if (essential or model.base_model is model) and not any(re.search(pattern, name) for pattern in ignored):
+                self._refuse(name)
+
+    def _refuse(self, name: str) -> None:
+        file = next(iter(self._index.tensors.values())).file if self._index.tensors else None
+        hint = f"; packed tensors without a place: {', '.join(self._plan.unplaced[:3])}" if self._plan.unplaced else ""
+        raise CheckpointError(f"no tensor in the checkpoint for this weight{hint}", file=file, module=name)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, parameter in model.named_parameters():
+            # transformers 5.16 leaves renamed tensors in the file's dtype; packed ones are meant to be.
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted and not parameter.is_meta:
+                parameter.data = parameter.data.to(wanted)
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.requires_grad_(False)
+                module.pinned = any(tensor.is_meta for tensor in module.parameters())
+                if not module.pinned:
+                    module.bind(next(module.parameters()).device.type, model.dtype)
+        self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
+        self._dense, self._dtypes = {}, {}
+
+    def is_serializable(self) -> bool:
+        """Not yet: transformers refuses ``save_pretrained`` for these models."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Not yet."""
+        return False
+
+
+def _output_embedding(model: Any) -> str:
+    """Name of the output embedding, which belongs to no base model."""
+    wanted = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is wanted), "\0") if wanted is not None else "\0"

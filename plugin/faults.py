@@ -1,0 +1,20 @@
+"""What went wrong inside graftq without the host noticing: one warning each, and a record for ``graftq doctor``."""
+
+from __future__ import annotations
+
+import logging
+
+from graftq.plugin.bootstrap import SWITCH
+
+logger = logging.getLogger("graftq")
+
+recorded: dict[str, str] = {}
+"""What failed, to why; in the order of events."""
+
+
+def record(what: str, error: BaseException) -> None:
+    """Warn once that ``what`` failed, and how to switch graftq off."""
+    why = f"{type(error).__name__}: {error}"
+    if what not in recorded:
+        logger.warning("graftq: %s failed, and is left out: %s. %s=1 switches graftq off.", what, why, SWITCH)
+    recorded[what] = why

@@ -1,0 +1,86 @@
+"""Finds adapters and kernel providers, ours and third parties', and keeps a broken one from harming the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from graftq.plugin import faults, hookspecs
+
+if TYPE_CHECKING:
+    from graftq.quant_linear.selection import KernelProvider, Request, Selection
+
+ADAPTERS = "graftq.adapters"
+KERNELS = "graftq.kernels"
+
+
+@lru_cache(maxsize=1)
+def plugin_manager() -> pluggy.PluginManager:
+    """The one pluggy manager of this process."""
+    manager = pluggy.PluginManager("graftq")
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def register(group: str, name: str | None = None) -> None:
+    """Import and register the entry points of ``group`` (only those called ``name``, if given), each once."""
+    manager = plugin_manager()
+    for entry in entry_points(group=group):
+        label = f"{group}:{entry.value}"
+        if (name is None or entry.name == name) and not manager.has_plugin(label) and label not in faults.recorded:
+            try:
+                manager.register(entry.load(), name=label)
+            except Exception as error:
+                faults.record(label, error)
+
+
+def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
+    """Every function that wants to patch a module of the framework ``root``, by module name."""
+    register(ADAPTERS, root)
+    found: dict[str, list[Callable[[ModuleType], None]]] = {}
+    for label, answer in _call_each("graftq_seams", root=root):
+        if isinstance(answer, Mapping):
+            for module, patch in answer.items():
+                found.setdefault(module, []).append(patch)
+        elif answer is not None:
+            faults.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
+    return found
+
+
+@lru_cache(maxsize=1)
+def kernel_providers() -> tuple[KernelProvider, ...]:
+    """Every registered kernel provider; imports torch."""
+    register(KERNELS)
+    return tuple(provider for _, answer in _call_each("graftq_kernels") for provider in answer)
+
+
+def choose_kernel(request: Request) -> Selection:
+    """Select among all providers, obeying ``GRAFTQ_KERNEL``.
+
+    Raises:
+        graftq.quant_linear.selection.NoKernelError: with every provider's reason.
+    """
+    from graftq.quant_linear.selection import select
+
+    return select(request, kernel_providers(), os.environ.get("GRAFTQ_KERNEL") or None)
+
+
+def _call_each(hook: str, **arguments: object) -> list[tuple[str, object]]:
+    """Call one hook plugin by plugin, so that an exception in one costs only that one."""
+    manager = plugin_manager()
+    answers = []
+    for label, plugin in manager.list_name_plugin():
+        others = [other for other in manager.get_plugins() if other is not plugin]
+        try:
+            results = getattr(manager.subset_hook_caller(hook, others), "__call__")(**arguments)
+        except Exception as error:
+            faults.record(label, error)
+        else:
+            answers += [(label, result) for result in results]
+    return answers

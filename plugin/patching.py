@@ -1,0 +1,43 @@
+"""Replacing attributes of other people's modules so that it shows, happens once, and can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+_undo: list[Callable[[], None]] = []
+
+
+def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Set ``owner.name`` to ``make(original)``, unless graftq has done so before."""
+    original = vars(owner)[name]
+    if _is_ours(original):
+        return
+    setattr(owner, name, _mark(make(original)))
+    _undo.append(lambda: setattr(owner, name, original))
+
+
+def replace_item(mapping: MutableMapping[str, Any], key: str, make: Callable[[Any], Any]) -> None:
+    """Set ``mapping[key]`` to ``make(original)``, unless graftq has done so before."""
+    original = mapping[key]
+    if _is_ours(original):
+        return
+    mapping[key] = _mark(make(original))
+    _undo.append(lambda: mapping.__setitem__(key, original))
+
+
+def undo_all() -> None:
+    """Put every original back, last replaced first."""
+    while _undo:
+        _undo.pop()()
+
+
+def _mark(replacement: Any) -> Any:
+    target = getattr(replacement, "__func__", replacement)
+    target._graftq = True
+    return replacement
+
+
+def _is_ours(value: Any) -> bool:
+    # `vars`, not `getattr`: a subclass of our class is not ours
+    return "_graftq" in vars(getattr(value, "__func__", value))

@@ -1,0 +1,109 @@
+"""A linear layer whose weight stays packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout
+from graftq.quant_linear.selection import KernelProvider, Request, Selection
+from graftq.quant_linear.spec import QuantSpec
+
+Choose = Callable[[Request], Selection]
+"""How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ W.T + bias`` for ``x`` [..., in_features], with ``W`` as GPTQ stores it.
+
+    The parameters bear the checkpoint's names and shapes (:class:`QuantSpec`) until a kernel that
+    wants another layout is bound; none requires a gradient, activations may.
+
+    Args:
+        spec: The projection.
+        choose: Finds the kernel for a request.
+        dtypes: Dtype of each tensor that the checkpoint stores, by suffix; the parameters to make.
+        device: Where to allocate them, usually "meta".
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        choose: Choose,
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.layout: Layout = CheckpointLayout(spec)
+        self.pinned = False
+        self._choose = choose
+        self._provider: KernelProvider | None = None
+        self._bound_to: tuple[str, torch.dtype] | None = None
+        for name, shape in _shapes(spec).items():
+            if name in dtypes:
+                empty = torch.empty(shape, dtype=dtypes[name], device=device)
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
+        if self._bound_to != (x.device.type, x.dtype):
+            self.bind(x.device.type, x.dtype)
+        assert self._provider is not None
+        return self._provider.linear(x, self.packed(), self.spec)
+
+    def bind(self, device: str, dtype: torch.dtype) -> None:
+        """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.
+
+        A layer that is ``pinned`` keeps the checkpoint's layout: its weights live elsewhere (offloaded)
+        and are brought in, as they are stored, for each call.
+
+        Raises:
+            graftq.quant_linear.selection.NoKernelError: if no kernel runs this layer.
+        """
+        provider = self._choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
+        layout = provider.layout(self.spec)
+        if layout != self.layout:
+            stored = self.checkpoint_tensors()
+            for name in list(self._parameters):
+                delattr(self, name)
+            for name, tensor in layout.pack(stored).items():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.layout = layout
+        self._provider = provider
+        self._bound_to = (device, dtype)
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The parameters, in the current layout."""
+        return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+
+    def checkpoint_tensors(self) -> GptqTensors:
+        """The tensors exactly as the checkpoint stores them, whatever the layout is now."""
+        return self.layout.unpack(self.packed())
+
+    def extra_repr(self) -> str:
+        """The projection in short."""
+        spec = self.spec
+        order = ", desc_act" if spec.desc_act else ""
+        kernel = f", kernel={self._provider.name}" if self._provider else ""
+        return (
+            f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}"
+            f"{order}, sym={spec.sym}, bias={spec.has_bias}{kernel}"
+        )
+
+
+def _shapes(spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "qweight": (spec.packed_rows, spec.padded_out),
+        "qzeros": (spec.num_groups, spec.packed_zero_columns),
+        "scales": (spec.num_groups, spec.padded_out),
+    }
+    if spec.has_g_idx:
+        shapes["g_idx"] = (spec.stored_g_idx,)
+    if spec.has_bias:
+        shapes["bias"] = (spec.stored_bias,)
+    return shapes

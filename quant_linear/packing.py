@@ -1,0 +1,88 @@
+"""Codes to words and back, and the dequantisation formula: the readable truth for every kernel.
+
+The packing is AutoGPTQ's: codes of ``bits`` bits form a little-endian bit stream over int32 words,
+so that a 3-bit code may straddle two words and 32 codes always fill ``bits`` words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.spec import QuantSpec
+
+
+def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Read ``count`` codes from the bit stream along dimension 0.
+
+    Args:
+        words: int32 [ceil(count * bits / 32) or more, columns].
+        bits: Code width, 1 to 8.
+        count: Codes to read.
+
+    Returns:
+        uint8 [count, columns], each in ``[0, 2**bits)``.
+    """
+    start = torch.arange(count, device=words.device) * bits
+    word, shift = start // 32, (start % 32).to(torch.int32)[:, None]
+    codes = words[word] >> shift  # arithmetic: the mask below removes the sign's copies
+    if 32 % bits:
+        # A straddling code takes its high bits from the next word. `<<` by 32 is undefined, hence the clamp.
+        following = words[(word + 1).clamp(max=words.shape[0] - 1)] << (32 - shift).clamp(max=31)
+        codes = torch.where(shift + bits > 32, (codes & ((1 << (32 - shift)) - 1)) | following, codes)
+    return (codes & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Write codes along dimension 0 as a bit stream; the inverse of :func:`unpack_codes`.
+
+    Args:
+        codes: Integers [count, columns] in ``[0, 2**bits)``.
+        bits: Code width, 1 to 8.
+
+    Returns:
+        int32 [ceil(count * bits / 32), columns]; unused high bits of the last word are zero.
+    """
+    count, columns = codes.shape
+    start = torch.arange(count, device=codes.device) * bits
+    word, shift = start // 32, (start % 32)[:, None]
+    wide = codes.to(torch.int64) << shift
+    words = torch.zeros(-(-count * bits // 32) + 1, columns, dtype=torch.int64, device=codes.device)
+    words.index_add_(0, word, wide & 0xFFFFFFFF)
+    words.index_add_(0, word + 1, wide >> 32)
+    return words[:-1].to(torch.int32)
+
+
+def sequential_g_idx(spec: QuantSpec, device: torch.device | None = None) -> torch.Tensor:
+    """The group of each input row where there is no act-order: int32 [in_features]."""
+    return torch.arange(spec.in_features, dtype=torch.int32, device=device) // spec.group_size
+
+
+def zero_points(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
+    """Zero points as the formula uses them: int32 [num_groups, out_features] in ``[0, 2**bits]``."""
+    stored = unpack_codes(tensors.qzeros.T, spec.bits, spec.out_features).T
+    return stored.to(torch.int32) + spec.zero_offset
+
+
+def dequantize(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
+    """``W[n, k] = (q[k, n] - z[g_idx[k], n]) * scales[g_idx[k], n]`` in float32.
+
+    Source: Frantar et al., GPTQ (2022), in AutoGPTQ's storage. Exact: the integer difference and the
+    widened scale are both exact in float32, so that one rounding, the product's, is all there is.
+
+    Args:
+        tensors: One projection as stored.
+        spec: Its description.
+
+    Returns:
+        float32 [out_features, in_features].
+    """
+    codes = unpack_codes(tensors.qweight, spec.bits, spec.in_features)[:, : spec.out_features]
+    if spec.desc_act:
+        if tensors.g_idx is None:
+            raise ValueError("act-order needs g_idx")
+        group = tensors.g_idx[: spec.in_features].long()
+    else:
+        group = sequential_g_idx(spec, codes.device).long()
+    centred = codes.to(torch.int32) - zero_points(tensors, spec)[group]
+    return (centred.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T

@@ -1,0 +1,111 @@
+"""Which kernel runs a layer: a pure function over providers, answered with values and reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from graftq.quant_linear.layouts import Layout
+    from graftq.quant_linear.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer asks for.
+
+    Attributes:
+        spec: The projection.
+        device: Device type the layer computes on, as in ``torch.device.type`` ("cpu", "cuda").
+        dtype: Activation dtype.
+        pinned: The weights must stay in the checkpoint's layout (they are offloaded, and brought in
+            as stored for each call).
+    """
+
+    spec: QuantSpec
+    device: str
+    dtype: torch.dtype
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The provider runs this request, exactly as the reference would up to rounding."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The provider does not run this request."""
+
+    reason: str
+
+
+Verdict = Accepted | Rejected
+
+
+class KernelProvider(Protocol):
+    """A family of kernels behind one name; the object that ``graftq_kernels`` hooks return.
+
+    Attributes:
+        name: What users write into ``GRAFTQ_KERNEL``.
+        priority: Among the providers that accept a request, the highest wins. The reference is 0.
+    """
+
+    name: str
+    priority: int
+
+    def judge(self, request: Request) -> Verdict:
+        """Say whether this provider runs ``request``, and if not, why."""
+
+    def layout(self, spec: QuantSpec) -> Layout:
+        """The arrangement of the weights that :meth:`linear` reads."""
+
+    def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
+        """``x @ W.T + bias`` for ``x`` of shape [..., in_features]; returns [..., out_features]."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome for one request: the provider, and what every provider said."""
+
+    provider: KernelProvider
+    verdicts: Mapping[str, Verdict]
+
+
+class NoKernelError(RuntimeError):
+    """No provider, or not the forced one, runs a request."""
+
+
+def select(request: Request, providers: Iterable[KernelProvider], forced: str | None = None) -> Selection:
+    """Choose the accepted provider of highest priority; ties go to the alphabetically first name.
+
+    Args:
+        request: The layer's wish.
+        providers: All registered providers.
+        forced: The only provider allowed (``GRAFTQ_KERNEL``), or None.
+
+    Raises:
+        NoKernelError: if nothing accepts, or ``forced`` is unknown or rejects; with every reason.
+    """
+    ranked = sorted(providers, key=lambda provider: (-provider.priority, provider.name))
+    verdicts = {provider.name: _judge(provider, request) for provider in ranked}
+    if forced is not None and forced not in verdicts:
+        raise NoKernelError(f"GRAFTQ_KERNEL={forced}: no such kernel; there are {', '.join(verdicts) or 'none'}")
+    for provider in ranked:
+        wanted = forced is None or provider.name == forced
+        if wanted and isinstance(verdicts[provider.name], Accepted):
+            return Selection(provider, verdicts)
+    said = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items() if isinstance(verdict, Rejected))
+    prefix = f"GRAFTQ_KERNEL={forced}" if forced else "no kernel"
+    raise NoKernelError(f"{prefix} for {request.spec} on {request.device} in {request.dtype}: {said}")
+
+
+def _judge(provider: KernelProvider, request: Request) -> Verdict:
+    from graftq.quant_linear.layouts import CheckpointLayout
+
+    verdict = provider.judge(request)
+    repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), CheckpointLayout)
+    return Rejected("it repacks the weights, and these are offloaded") if request.pinned and repacks else verdict
