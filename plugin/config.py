@@ -68,6 +68,11 @@ class QuantConfig:
         stems.append(f"gptq_model-{declared.bits}bit-{group_size}g")
         return cls(declared, dynamic, tuple(dict.fromkeys(str(stem) for stem in stems if stem)), source)
 
+    @property
+    def format(self) -> str:
+        """The name of the format in ``checkpoint_format``."""
+        return next(name for name, offset in ZERO_OFFSETS.items() if offset == self.declared.zero_offset)
+
     def for_module(self, name: str) -> Declared:
         """What is declared for the module of that name in the checkpoint, ``dynamic`` included."""
         for pattern, overrides in self.dynamic.items():

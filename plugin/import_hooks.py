@@ -108,20 +108,29 @@ class Finder:
 
     def _run(self, module: ModuleType) -> None:
         name = module.__name__
-        root = name.partition(".")[0]
-        for patch in self.waiting.pop(name, ()):
-            try:
-                patch(module)
-            except Exception as error:
-                faults.record(f"taking over {name}", error)
-                return
-        self.taken.setdefault(root, []).append(name)
-        if not any(other.partition(".")[0] == root for other in self.waiting):
-            version = getattr(sys.modules.get(root), "__version__", "")
-            places = ", ".join(sorted(self.taken[root]))
-            logger.info(
-                "graftq took over GPTQ loading in %s %s (%s); GRAFTQ_DISABLE=1 switches it off", root, version, places
-            )
+        done = [self._patch(module, patch) for patch in self.waiting.pop(name, ())]
+        if any(done):
+            root = name.partition(".")[0]
+            self.taken.setdefault(root, []).append(name)
+            if not any(other.partition(".")[0] == root for other in self.waiting):
+                self._announce(root)
+
+    def _patch(self, module: ModuleType, patch: Patch) -> bool:
+        try:
+            patch(module)
+        except Exception as error:
+            by = getattr(patch, "__module__", "an adapter")
+            faults.record(f"taking over {module.__name__} by {by}", error)
+            return False
+        return True
+
+    def _announce(self, root: str) -> None:
+        # `vars`, because a lazy module's __getattr__ may import, or raise, anything
+        version = vars(sys.modules[root]).get("__version__", "") if root in sys.modules else ""
+        places = ", ".join(sorted(self.taken[root]))
+        logger.info(
+            "graftq took over GPTQ loading in %s %s (%s); GRAFTQ_DISABLE=1 switches it off", root, version, places
+        )
 
 
 def finder() -> Finder | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = "graftq.adapters"
 KERNELS = "graftq.kernels"
+PROVIDER_MEMBERS = ("name", "priority", "judge", "layout", "linear")
 
 
 @lru_cache(maxsize=1)
@@ -45,11 +46,13 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
     register(ADAPTERS, root)
     found: dict[str, list[Callable[[ModuleType], None]]] = {}
     for label, answer in _call_each("graftq_seams", root=root):
-        if isinstance(answer, Mapping):
+        if not isinstance(answer, Mapping):
+            faults.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
+        elif not all(isinstance(module, str) and callable(patch) for module, patch in answer.items()):
+            faults.record(label, TypeError("graftq_seams returned something else than module names and functions"))
+        else:
             for module, patch in answer.items():
                 found.setdefault(module, []).append(patch)
-        elif answer is not None:
-            faults.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
     return found
 
 
@@ -57,7 +60,17 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
 def kernel_providers() -> tuple[KernelProvider, ...]:
     """Every registered kernel provider; imports torch."""
     register(KERNELS)
-    return tuple(provider for _, answer in _call_each("graftq_kernels") for provider in answer)
+    found: list[KernelProvider] = []
+    for label, answer in _call_each("graftq_kernels"):
+        if not isinstance(answer, Iterable):
+            faults.record(label, TypeError(f"graftq_kernels returned {type(answer).__name__}, not an iterable"))
+            continue
+        for provider in answer:
+            if all(hasattr(provider, member) for member in PROVIDER_MEMBERS):
+                found.append(provider)
+            else:
+                faults.record(label, TypeError(f"graftq_kernels returned {provider!r}, not a kernel provider"))
+    return tuple(found)
 
 
 def choose_kernel(request: Request) -> Selection:
@@ -78,7 +91,7 @@ def _call_each(hook: str, **arguments: object) -> list[tuple[str, object]]:
     for label, plugin in manager.list_name_plugin():
         others = [other for other in manager.get_plugins() if other is not plugin]
         try:
-            results = getattr(manager.subset_hook_caller(hook, others), "__call__")(**arguments)
+            results = manager.subset_hook_caller(hook, others)(**arguments)
         except Exception as error:
             faults.record(label, error)
         else:

@@ -7,7 +7,7 @@ so that checking a checkpoint reads about a tenth of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
+
+Fail = Callable[[str], CheckpointError]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def spec_from_headers(
     k = in_features
     if k is None:
         k = g_idx.shape[0] if g_idx is not None else rows * 32 // (declared.bits or 4)
-    bits, padded_in = _fit_bits(rows, k, declared, fail)
+    if foreign := _foreign_packing(rows, padded_out, k, n):
+        raise fail(f"qweight is packed as {foreign} packs it, not GPTQ")
+    bits, padded = _fit_bits(rows, k, declared, fail)
+    padded_in = g_idx.shape[0] if g_idx is not None and g_idx.shape[0] in padded else padded[0]
     if padded_out not in _paddings(n, declared.group_size):
         raise fail(f"qweight has {padded_out} columns, the layer {n} outputs")
     num_groups = tensors["scales"].shape[0]
@@ -102,7 +107,7 @@ def spec_from_headers(
     expected = {
         "scales": [(num_groups, padded_out)],
         "qzeros": [(num_groups, spec.packed_zero_columns)],
-        "g_idx": [(k,), (padded_in,)],
+        "g_idx": [(size,) for size in padded],
         "bias": [(n,), (padded_out,)],
     }
     for suffix, shapes in expected.items():
@@ -167,18 +172,27 @@ def _check_dtypes(module: str, tensors: Mapping[str, TensorInfo]) -> None:
             raise CheckpointError(f"shape {list(info.shape)} is not GPTQ's", file=info.file, module=info.name)
 
 
+def _foreign_packing(rows: int, columns: int, k: int, n: int) -> str | None:
+    """Name the other formats that store an int32 ``qweight``, by their shapes for 4 and 8 bits."""
+    if rows == k and columns * 8 == n:
+        return "AWQ"
+    if rows * 16 == k and columns in (2 * n, 4 * n):
+        return "Marlin"
+    return None
+
+
 def _paddings(size: int, group_size: int | None) -> set[int]:
     """Sizes a writer may have padded ``size`` to: multiples of the packing block and of the group."""
     steps = [32] + ([group_size] if group_size and group_size > 0 else [])
     return {size} | {math.ceil(size / step) * step for step in steps}
 
 
-def _fit_bits(rows: int, k: int, declared: Declared, fail) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+def _fit_bits(rows: int, k: int, declared: Declared, fail: Fail) -> tuple[int, list[int]]:
+    """The code width, and the sizes (``k`` or padded) that fill ``rows`` rows of ``qweight`` with it."""
     fits = {
-        bits: padded
+        bits: sizes
         for bits in SUPPORTED_BITS
-        for padded in sorted(_paddings(k, declared.group_size), reverse=True)
-        if math.ceil(padded * bits / 32) == rows
+        if (sizes := [k_ for k_ in sorted(_paddings(k, declared.group_size)) if math.ceil(k_ * bits / 32) == rows])
     }
     if declared.bits in fits:
         return declared.bits, fits[declared.bits]
@@ -188,7 +202,7 @@ def _fit_bits(rows: int, k: int, declared: Declared, fail) -> tuple[int, int]:  
     raise fail(f"the configuration says {declared.bits} bits, but qweight has {rows} rows: {shown}")
 
 
-def _fit_group_size(num_groups: int, k: int, padded_in: int, declared: Declared, fail) -> int:  # type: ignore[no-untyped-def]
+def _fit_group_size(num_groups: int, k: int, padded_in: int, declared: Declared, fail: Fail) -> int:
     size = declared.group_size
     if size is None:
         if k % num_groups:

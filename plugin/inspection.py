@@ -1,0 +1,211 @@
+"""``graftq inspect``: what a checkpoint holds, from its headers and its small tensors, never its weights."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftq.plugin import machine, traps, weights
+from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.projections import Seen, look_at_headers, look_at_values
+from graftq.plugin.source import Source
+from graftq.quant_linear.checkpoint import CheckpointIndex, TensorInfo, parse_entry
+from graftq.quant_linear.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from graftq.quant_linear.spec import QuantSpec
+
+VALUES_LIMIT = 4 << 30
+"""Bytes of small tensors up to which they are read; a 47-billion-parameter model in groups of 128 has about 1 GiB."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        source: The checkpoint.
+        config: Its parameters.
+        raw: The parameters by file, as written.
+        weights: Name of the weight file or index.
+        index: Its tensors.
+        dtype: What the model's configuration names as dtype.
+        seen: The quantised projections by name.
+        unread: Why the small tensors' values were not read; "" if they were.
+    """
+
+    source: Source
+    config: QuantConfig
+    raw: Mapping[str, Mapping[str, Any]]
+    weights: str
+    index: CheckpointIndex
+    dtype: str
+    seen: Mapping[str, Seen]
+    unread: str = ""
+    errors: tuple[str, ...] = ()
+
+
+def inspect(source: Source) -> Inspection:
+    """Inspect a checkpoint.
+
+    Raises:
+        CheckpointError: if there is no GPTQ checkpoint, or its files cannot be read. What is wrong with
+            single projections is among the result's errors instead.
+    """
+    model = _read_json(source, "config.json")
+    text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
+    found = model.get("quantization_config") or text.get("quantization_config")
+    written = {"config.json": found, QUANTIZE_CONFIG: _read_json(source, QUANTIZE_CONFIG)}
+    raw = {name: parameters for name, parameters in written.items() if parameters}
+    if not raw:
+        raise _not_gptq(source)
+    where = next(iter(raw))
+    config = QuantConfig.from_dict(raw[where], source.describe(where))
+    name = weights.find_safetensors(source, config)
+    if name is None:
+        pickle = weights.find_pickle(source, config)
+        raise (
+            weights.pickle_refused(source, pickle)
+            if pickle
+            else CheckpointError("no weight file here", file=source.describe(""))
+        )
+    index, unread = _open(source, name)
+    seen = {
+        stored: look_at_headers(stored, infos, config.for_module(stored))
+        for stored, infos in index.projections().items()
+    }
+    size = sum(info.nbytes for one in seen.values() for info in one.small.values())
+    if not unread and size > VALUES_LIMIT:
+        unread = f"they take {human(size)}"
+    if not unread:
+        seen = look_at_values(seen, index, config)
+    dtype = next(
+        (str(holder[key]) for holder in (model, text) for key in ("dtype", "torch_dtype") if holder.get(key)), ""
+    )
+    dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "float16"
+    errors = tuple(one.error for one in seen.values() if one.error)
+    return Inspection(source, config, raw, name, index, dtype, seen, unread, errors)
+
+
+def report(found: Inspection) -> Iterator[str]:
+    """The report, line by line."""
+    declared = found.config.declared
+    packed = {info.name: info for one in found.seen.values() for info in one.infos.values()}
+    size = sum(info.nbytes for info in found.index.tensors.values())
+    part = sum(info.nbytes for info in packed.values())
+    specs = [one.spec for one in found.seen.values() if one.spec is not None]
+    count = sum(spec.in_features * spec.out_features for spec in specs)
+    yield found.source.describe("").rstrip("/")
+    yield f"  parameters   {', '.join(found.raw)}: {describe_parameters(found.config)}"
+    yield f"  weights      {found.weights}: {human(size)}, of which quantised {human(part)}"
+    yield f"  quantised    {len(found.seen)} modules, {count:,} weights, {8 * part / max(count, 1):.2f} bits each"
+    yield f"  act-order    {_tally([spec.desc_act for spec in specs], found.unread, declared.desc_act)}"
+    yield f"  symmetric    {_tally([spec.sym for spec in specs], found.unread, declared.sym)}"
+    yield f"Modules, and the kernel each would get on {machine.device()} in {found.dtype}"
+    for (kind, spec), number in sorted(_kinds(found.seen).items(), key=lambda item: item[0][0]):
+        yield f"  {number:>5} x {kind}: {_describe(spec)} -> {machine.kernel(spec, found.dtype)}"
+    yield "Traps"
+    yield from [f"  {trap}" for trap in traps.find(found)] or ["  none"]
+    if found.errors:
+        yield "Errors: this checkpoint will not load"
+        yield from (f"  {error}" for error in found.errors[:10])
+        if len(found.errors) > 10:
+            yield f"  and {len(found.errors) - 10} more"
+
+
+def describe_parameters(config: QuantConfig) -> str:
+    """The declared parameters in one line."""
+    declared = config.declared
+    symmetric = {True: "symmetric", False: "asymmetric", None: "symmetry not stated"}[declared.sym]
+    group = "not stated" if declared.group_size is None else declared.group_size
+    order = "act-order" if declared.desc_act else "no act-order"
+    return f"{declared.bits} bits, group {group}, {order}, {symmetric}, format {config.format}"
+
+
+def human(size: int) -> str:
+    """A number of bytes for people."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _describe(spec: QuantSpec) -> str:
+    order = "act-order" if spec.desc_act else "in order"
+    symmetry = "symmetric" if spec.sym else "asymmetric"
+    bias = ", bias" if spec.has_bias else ""
+    return (
+        f"{spec.in_features} -> {spec.out_features}, {spec.bits} bits, "
+        f"{spec.num_groups} groups of {spec.group_size}, {order}, {symmetry}{bias}"
+    )
+
+
+def _kinds(seen: Mapping[str, Seen]) -> Counter[tuple[str, QuantSpec]]:
+    """How many projections there are of each kind: a name without its numbers, and a spec."""
+    return Counter((re.sub(r"\d+", "*", one.stored), one.spec) for one in seen.values() if one.spec is not None)
+
+
+def _tally(answers: list[bool], unread: str, declared: bool | None) -> str:
+    if unread:
+        said = {True: "yes", False: "no", None: "not stated"}[declared]
+        return f"{said}, as declared; the values were not read: {unread}"
+    number = sum(answers)
+    word = "yes" if answers and number == len(answers) else "no" if not number else "partly"
+    return f"{word}, seen in {number} of {len(answers)} modules"
+
+
+def _read_json(source: Source, name: str) -> dict[str, Any]:
+    path = source.fetch(name)
+    return {} if path is None else parse_json(Path(path).read_text(encoding="utf-8"), source.describe(name))
+
+
+def _open(source: Source, name: str) -> tuple[CheckpointIndex, str]:
+    """The tensors, and why their values cannot be read (or "")."""
+    weight_map = weights.read_weight_map(source, name) if name.endswith(".index.json") else None
+    files = sorted(set(weight_map.values())) if weight_map else [name]
+    here = [source.cached(file) for file in files]
+    if paths := [path for path in here if path is not None]:
+        if len(paths) == len(files):
+            return CheckpointIndex.open(paths, weight_map), ""
+    tensors = {info.name: info for file in files for info in _remote_header(source, file)}
+    return CheckpointIndex(tensors), "the weights are on the Hub, and are not downloaded for this"
+
+
+def _remote_header(source: Source, file: str) -> list[TensorInfo]:
+    from huggingface_hub import HfApi
+
+    arguments = {key: source.hub[key] for key in ("revision", "token") if key in source.hub}
+    try:
+        header = HfApi().parse_safetensors_file_metadata(source.name, source.full_name(file), **arguments)
+        return [parse_entry(name, file, vars(entry)) for name, entry in header.tensors.items()]
+    except Exception as error:  # the client's, its transport's, or a malformed header
+        raise CheckpointError(
+            f"cannot be read from the Hub: {_first_line(error)}", file=source.describe(file)
+        ) from error
+
+
+def _not_gptq(source: Source) -> CheckpointError:
+    if not source.is_local:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().model_info(source.name, revision=source.hub.get("revision"))
+        except Exception as error:  # no such repository or revision, or no network
+            return CheckpointError(
+                f"neither a folder nor a readable repository: {_first_line(error)}", file=source.name
+            )
+    return CheckpointError(
+        f"not a GPTQ checkpoint: no quantization_config in config.json, and no {QUANTIZE_CONFIG}",
+        file=source.describe(""),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

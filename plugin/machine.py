@@ -1,0 +1,52 @@
+"""Which kernel a layer would get on this machine, and why it would not get another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graftq.quant_linear.spec import QuantSpec
+
+
+def device() -> str:
+    """Type of the device that a model would be put on: the accelerator if there is one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"
+
+
+def verdicts(spec: QuantSpec, dtype: str) -> dict[str, str]:
+    """Every provider's name to "chosen", "accepted" or its reason to refuse, in the order of preference."""
+    from graftq.plugin.manager import kernel_providers
+    from graftq.quant_linear.selection import Rejected, select
+
+    selection = select(_request(spec, dtype), kernel_providers())
+    chosen = kernel(spec, dtype)
+    return {
+        name: f"refused: {verdict.reason}"
+        if isinstance(verdict, Rejected)
+        else "chosen"
+        if name == chosen
+        else "accepted"
+        for name, verdict in selection.verdicts.items()
+    }
+
+
+def kernel(spec: QuantSpec, dtype: str) -> str:
+    """Name of the kernel for a layer, or why there is none."""
+    from graftq.plugin.manager import choose_kernel
+    from graftq.quant_linear.selection import NoKernelError
+
+    try:
+        return choose_kernel(_request(spec, dtype)).provider.name
+    except NoKernelError as error:
+        return f"none: {error}"
+
+
+def _request(spec: QuantSpec, dtype: str):  # type: ignore[no-untyped-def]
+    import torch
+
+    from graftq.quant_linear.selection import Request
+
+    return Request(spec, device(), getattr(torch, dtype))

@@ -1,0 +1,58 @@
+"""What the tile programs have in common: scales, zero points, and the end of a tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_scales(scales, group, rows, stride, N):
+    """float32 scales of ``rows`` in ``group`` (broadcast against each other); 0 for rows beyond ``N``."""
+    return tl.load(scales + group * stride + rows, mask=rows < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_zeros(zeros, group, rows, stride, N, BITS: tl.constexpr, ZERO_OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """Zero points of ``rows`` in ``group`` (broadcast against each other), in ``DTYPE``.
+
+    They are read as the checkpoint packs them: a little-endian bit stream along the rows.
+    """
+    word = zeros + group * stride + rows * BITS // 32
+    shift = rows * BITS % 32
+    zero = tl.load(word, mask=rows < N, other=0) >> shift
+    if BITS == 3:  # codes 10 and 21 of every 32 straddle two words
+        straddles = shift > 29
+        zero &= (1 << (32 - tl.maximum(shift, 1))) - 1  # the shift above copied the sign
+        rest = tl.load(word + 1, mask=(rows < N) & straddles, other=0)
+        zero |= rest << (32 - tl.maximum(shift, 1))
+    return ((zero & ((1 << BITS) - 1)) + ZERO_OFFSET).to(DTYPE)
+
+
+@triton.jit
+def finish_tile(
+    acc, out, bias, partials, counters, tile, split, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr
+):
+    """Store a tile ``acc`` float32 ``[rows, tokens]``, after summing the splits of K if there are several.
+
+    Each split leaves its partial sums in ``partials`` [SPLIT_K, M, N]; the last one to arrive at ``counters[tile]``
+    adds them up, always from split 0 on, so that the result does not depend on the order of arrival, and sets the
+    counter back to zero for the next launch.
+    """
+    inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    offsets = tokens.to(tl.int64)[None, :] * N + rows[:, None]
+    last = 1
+    if SPLIT_K > 1:
+        size = M * N
+        tl.store(partials + split * size + offsets, acc, mask=inside)
+        tl.debug_barrier()  # every thread's partial sums before the one thread's signal
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") // (SPLIT_K - 1)
+        if last == 1:
+            acc = tl.zeros_like(acc)
+            for other in tl.static_range(SPLIT_K):
+                acc += tl.load(partials + other * size + offsets, mask=inside, other=0.0)
+            tl.store(counters + tile, 0)
+    if last == 1:
+        if HAS_BIAS:
+            acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,203 @@
+"""From packed words to ``code - zero point`` in the activation dtype, shared by every kernel here.
+
+Words are int16. A word of ``b`` bits per code holds ``P = 16 // b`` codes ("planes"), and one atom of 128 input
+rows by 64 output rows is ``[64, W]`` words with ``W = 128 // P``: plane ``j`` of word ``i`` is input row ``W * j + i``.
+3-bit codes are 2-bit words (their low two bits) beside 1-bit words (their top bit).
+
+The float comes without an integer conversion: a code ORed into the mantissa of ``2**e`` reads as ``2**e + code``
+if the lowest mantissa bit it touches is worth 1. Subtracting ``2**e + zero`` is then exact.
+Two codes share a 32-bit register, so a code costs about one instruction (``lop3`` and a subtraction per pair).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import triton
+import triton.language as tl
+
+_AND_OR = "0xEA"  # lop3 truth table of (a & b) | c
+
+
+def _pair(value: int) -> str:
+    """The same 16 bits in both halves of a register."""
+    return f"0x{value:04x}{value:04x}"
+
+
+def _half_bits(value: int) -> int:
+    """fp16 bits of a small power of two times an integer."""
+    import struct
+
+    return struct.unpack("<H", struct.pack("<e", float(value)))[0]
+
+
+def _bfloat_bits(value: int) -> int:
+    """bf16 bits of an integer that bf16 holds exactly."""
+    import struct
+
+    return struct.unpack("<I", struct.pack("<f", float(value)))[0] >> 16
+
+
+@cache
+def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
+    """PTX for ``tl.inline_asm_elementwise``: a pair of words to the planes of two output elements each.
+
+    Operands: one output register per plane, then the pair of words, of top-bit words (3 bits; see
+    :func:`_widen_top_bits`), and of zero points in the activation dtype (read if ``zero`` is None).
+
+    Args:
+        bits: Code width.
+        dtype: Triton's name of the activation dtype, "fp16" or "bf16".
+        zero: The zero point of every code, or None if it is an operand.
+    """
+    planes = 16 // (2 if bits == 3 else bits)
+    word, high, zero_operand = (f"${planes + operand}" for operand in range(3))
+    half = dtype == "fp16"
+    number = _half_bits if half else _bfloat_bits
+    mantissa = 10 if half else 7
+    lines: list[str] = []
+    declared: dict[str, None] = {}
+
+    def emit(register: str, text: str) -> str:
+        if register not in declared:
+            declared[register] = None
+            lines.append(text)
+        return register
+
+    def shifted(source: str, name: str, by: int) -> str:
+        return source if by == 0 else emit(f"{name}{by}", f"shr.u32 {name}{by}, {source}, {by};")
+
+    def minus(base: int) -> str:
+        """Register holding ``-(base + zero)`` in both halves."""
+        register = f"c{base}"
+        if zero is not None:
+            return emit(register, f"mov.b32 {register}, {_pair(number(-(base + zero)))};")
+        minus_one = emit("m1", f"mov.b32 m1, {_pair(number(-1))};")
+        constant = emit(f"b{base}", f"mov.b32 b{base}, {_pair(number(-base))};")
+        return emit(register, f"fma.rn.{kind} {register}, {zero_operand}, {minus_one}, {constant};")
+
+    kind = "f16x2" if half else "bf16x2"
+    one = emit("one", f"mov.b32 one, {_pair(number(1))};")
+
+    if bits == 8 and not half:  # eight bits do not fit bf16's mantissa: nibbles, then high * 16 + (low - zero)
+        sixteen = emit("k16", f"mov.b32 k16, {_pair(number(16))};")
+        top = emit("t128", f"mov.b32 t128, {_pair(number(-128))};")
+        less = minus(0)  # 128 + zero may need nine bits, so the two are subtracted one after the other
+        magic = _pair(number(128))
+        for plane in range(2):
+            low, upper = shifted(word, "w", 8 * plane), shifted(word, "w", 8 * plane + 4)
+            for name, source in (("l", low), ("u", upper)):
+                emit(f"{name}{plane}", f"lop3.b32 {name}{plane}, {source}, {_pair(15)}, {magic}, {_AND_OR};")
+            lines.append(f"fma.rn.{kind} l{plane}, l{plane}, {one}, {top};")
+            lines.append(f"fma.rn.{kind} l{plane}, l{plane}, {one}, {less};")
+            lines.append(f"fma.rn.{kind} u{plane}, u{plane}, {one}, {top};")
+            lines.append(f"fma.rn.{kind} ${plane}, u{plane}, {sixteen}, l{plane};")
+        return _scoped(declared, lines)
+
+    step = 2 if bits == 3 else bits
+    for plane in range(planes):
+        offset = plane * step % 8  # bit of this plane after the shift by whole bytes
+        byte = plane * step // 8 * 8
+        extra = offset if offset + bits > mantissa else 0
+        source = shifted(word, "w", byte + extra)
+        place = offset - extra
+        base = (1 << mantissa) >> place
+        magic = _pair(number(base))
+        mask = _pair(((1 << step) - 1) << place)
+        emit(f"q{plane}", f"lop3.b32 q{plane}, {source}, {mask}, {magic}, {_AND_OR};")
+        if bits == 3:
+            top = shifted(high, "h", byte // 8 + extra)
+            lines.append(f"lop3.b32 q{plane}, {top}, {_pair(4 << place)}, q{plane}, {_AND_OR};")
+        lines.append(f"fma.rn.{kind} ${plane}, q{plane}, {one}, {minus(base)};")
+    return _scoped(declared, lines)
+
+
+def _scoped(declared: dict[str, None], lines: list[str]) -> str:
+    return "{ .reg .b32 " + ", ".join(declared) + "; " + " ".join(lines) + " }"
+
+
+@triton.jit
+def _stack(first, second):
+    """Two ``[R, W]`` tensors to ``[R, 2 W]``, the second behind the first; moves nothing between threads."""
+    both = tl.permute(tl.join(first, second), (0, 2, 1))
+    return tl.reshape(both, (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def load_words(pointer, atom_stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
+    """The words of one atom per 64 output rows: int16 ``[BLOCK_N, 8 * BITS]``.
+
+    Memory holds them in the order in which the matrix instructions want their left operand (``mma`` m16k16 with
+    four warps down the rows): from the lowest bit of the offset, row bits ``n`` and column bits ``i`` are
+    ``i0 n3 i3 | i1 i2 n0 n1 n2 | n4 n5 | i4 i5``: 16 bytes per thread, its lane, its warp, repetitions. One-bit words
+    have no ``i3``. So the reshape below is a change of names, and no thread waits for another's data.
+
+    Args:
+        pointer: To the atom of the first 64 rows, int16.
+        atom_stride: Words from an atom to that of the next 64 rows.
+        BLOCK_N: Output rows, a multiple of 64.
+        BITS: Bits per code in these words: 1, 2, 4 or 8.
+    """
+    TILES: tl.constexpr = BLOCK_N // 64
+    if BITS == 1:
+        offsets = tl.arange(0, TILES)[:, None] * atom_stride + tl.arange(0, 512)[None, :]
+        words = tl.reshape(tl.load(pointer + offsets), (TILES, 4, 8, 4, 2, 2))
+        return tl.reshape(tl.permute(words, (0, 1, 4, 2, 3, 5)), (BLOCK_N, 8))
+    else:
+        REPEAT: tl.constexpr = BITS // 2
+        rows = tl.arange(0, TILES)[None, :, None] * atom_stride
+        offsets = tl.arange(0, REPEAT)[:, None, None] * 1024 + rows + tl.arange(0, 1024)[None, None, :]
+        words = tl.reshape(tl.load(pointer + offsets), (REPEAT, TILES, 4, 8, 4, 2, 2, 2))
+        return tl.reshape(tl.permute(words, (1, 2, 6, 3, 0, 5, 4, 7)), (BLOCK_N, 8 * BITS))
+
+
+@triton.jit
+def _widen_top_bits(high):
+    """One-bit words ``[R, 8]`` to ``[R, 16]``, column bit ``i3`` new: its top bits moved to where the program looks."""
+    low, upper = high << 2, (high >> 6) & 0x3FF
+    return _stack(low, upper)
+
+
+@triton.jit
+def unpack(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: tl.constexpr):
+    """``code - zero`` for 128 input rows: ``[R, 128]`` in ``DTYPE``, exact.
+
+    Args:
+        words: int16 ``[R, W]``, the low two bits for 3-bit codes.
+        high: int16 ``[R, 8]``, the top bits of 3-bit codes; else anything.
+        zero: Zero points in ``DTYPE``, ``[R, 1]``, or one number.
+        BITS: Code width.
+        PROGRAM: :func:`unpack_program`'s text, or "" for the portable path, which needs no inline assembly.
+        DTYPE: float16 or bfloat16.
+    """
+    D = DTYPE.value
+    top = words
+    if BITS == 3:
+        top = _widen_top_bits(high)
+    if PROGRAM == "":
+        PLANES: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
+        shift = (tl.arange(0, PLANES) * (16 // PLANES))[None, :, None]
+        codes = (words.to(tl.int32)[:, None, :] >> shift) & ((1 << (16 // PLANES)) - 1)
+        if BITS == 3:  # plane 4 h + p has its top bit at 2 p + h + 2
+            plane = tl.arange(0, PLANES)[None, :, None]
+            codes |= ((top.to(tl.int32)[:, None, :] >> (plane % 4 * 2 + plane // 4 + 2)) & 1) << 2
+        return tl.reshape(codes.to(DTYPE), (words.shape[0], 128)) - zero
+    elif BITS == 8:
+        p = tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r,r", [words, top, zero], (D, D), True, 2)
+        return _stack(p[0], p[1])
+    elif BITS == 4:
+        p = tl.inline_asm_elementwise(
+            PROGRAM, "=r,=r,=r,=r,r,r,r", [words, top, zero], (D, D, D, D), True, 2
+        )
+        return _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
+    else:
+        p = tl.inline_asm_elementwise(
+            PROGRAM,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [words, top, zero],
+            (D, D, D, D, D, D, D, D),
+            True,
+            2,
+        )
+        low = _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
+        return _stack(low, _stack(_stack(p[4], p[5]), _stack(p[6], p[7])))
