@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -16,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(_doctor() if parsed.command == "doctor" else _inspect(parsed.checkpoint, parsed.revision))
     except CheckpointError as error:
         print(f"graftq: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

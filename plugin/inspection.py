@@ -56,13 +56,17 @@ def inspect(source: Source) -> Inspection:
         CheckpointError: if there is no GPTQ checkpoint, or its files cannot be read. What is wrong with
             single projections is among the result's errors instead.
     """
+    _check_exists(source)
     model = _read_json(source, "config.json")
     text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
     found = model.get("quantization_config") or text.get("quantization_config")
     written = {"config.json": found, QUANTIZE_CONFIG: _read_json(source, QUANTIZE_CONFIG)}
     raw = {name: parameters for name, parameters in written.items() if parameters}
     if not raw:
-        raise _not_gptq(source)
+        raise CheckpointError(
+            f"not a GPTQ checkpoint: no quantization_config in config.json, and no {QUANTIZE_CONFIG}",
+            file=source.describe(""),
+        )
     where = next(iter(raw))
     config = QuantConfig.from_dict(raw[where], source.describe(where))
     name = weights.find_safetensors(source, config)
@@ -140,15 +144,13 @@ def _describe(spec: QuantSpec) -> str:
     order = "act-order" if spec.desc_act else "in order"
     symmetry = "symmetric" if spec.sym else "asymmetric"
     bias = ", bias" if spec.has_bias else ""
-    return (
-        f"{spec.in_features} -> {spec.out_features}, {spec.bits} bits, "
-        f"{spec.num_groups} groups of {spec.group_size}, {order}, {symmetry}{bias}"
-    )
+    groups = "one group" if spec.num_groups == 1 else f"{spec.num_groups} groups of {spec.group_size}"
+    return f"{spec.in_features} -> {spec.out_features}, {spec.bits} bits, {groups}, {order}, {symmetry}{bias}"
 
 
 def _kinds(seen: Mapping[str, Seen]) -> Counter[tuple[str, QuantSpec]]:
     """How many projections there are of each kind: a name without its numbers, and a spec."""
-    return Counter((re.sub(r"\d+", "*", one.stored), one.spec) for one in seen.values() if one.spec is not None)
+    return Counter((re.sub(r"\b\d+\b", "*", one.stored), one.spec) for one in seen.values() if one.spec is not None)
 
 
 def _tally(answers: list[bool], unread: str, declared: bool | None) -> str:
@@ -170,9 +172,9 @@ def _open(source: Source, name: str) -> tuple[CheckpointIndex, str]:
     weight_map = weights.read_weight_map(source, name) if name.endswith(".index.json") else None
     files = sorted(set(weight_map.values())) if weight_map else [name]
     here = [source.cached(file) for file in files]
-    if paths := [path for path in here if path is not None]:
-        if len(paths) == len(files):
-            return CheckpointIndex.open(paths, weight_map), ""
+    paths = [path for path in here if path is not None]
+    if len(paths) == len(files):
+        return CheckpointIndex.open(paths, weight_map), ""
     tensors = {info.name: info for file in files for info in _remote_header(source, file)}
     return CheckpointIndex(tensors), "the weights are on the Hub, and are not downloaded for this"
 
@@ -190,20 +192,17 @@ def _remote_header(source: Source, file: str) -> list[TensorInfo]:
         ) from error
 
 
-def _not_gptq(source: Source) -> CheckpointError:
-    if not source.is_local:
+def _check_exists(source: Source) -> None:
+    """Say at once what is wrong with a repository, before the client tries again and again."""
+    if source.is_local or any(source.cached(name) for name in ("config.json", QUANTIZE_CONFIG)):
+        return
+    try:
         from huggingface_hub import HfApi
 
-        try:
-            HfApi().model_info(source.name, revision=source.hub.get("revision"))
-        except Exception as error:  # no such repository or revision, or no network
-            return CheckpointError(
-                f"neither a folder nor a readable repository: {_first_line(error)}", file=source.name
-            )
-    return CheckpointError(
-        f"not a GPTQ checkpoint: no quantization_config in config.json, and no {QUANTIZE_CONFIG}",
-        file=source.describe(""),
-    )
+        HfApi().model_info(source.name, revision=source.hub.get("revision"))
+    except Exception as error:  # not a name, no such repository or revision, no network, no client
+        reason = f"neither a folder nor a readable repository: {_first_line(error)}"
+        raise CheckpointError(reason, file=source.describe("")) from error
 
 
 def _first_line(error: Exception) -> str:

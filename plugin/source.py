@@ -50,10 +50,8 @@ class Source:
 
         try:
             return hf_hub_download(self.name, filename, **self.hub)
-        except (EntryNotFoundError, HfHubHTTPError):
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
             return self.cached(filename)
-        except HFValidationError:  # neither a folder nor a possible repository
-            return None
 
     def has(self, filename: str) -> bool:
         """Whether there is such a file; asks the Hub for its head only."""
@@ -89,7 +87,11 @@ class Source:
         if self.is_local:
             return self.fetch(filename)
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
         arguments = {key: self.hub[key] for key in ("revision", "cache_dir") if key in self.hub}
-        path = try_to_load_from_cache(self.name, self.full_name(filename), **arguments)
+        try:
+            path = try_to_load_from_cache(self.name, self.full_name(filename), **arguments)
+        except HFValidationError:  # neither a folder nor a possible repository
+            return None
         return path if isinstance(path, str) else None

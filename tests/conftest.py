@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Plain lines in captured logs, and no process that reaches for a Hub.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# No test reaches for the Hub; those of tests/hub bring their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Matrices are tiny, and workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

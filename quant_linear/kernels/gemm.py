@@ -10,24 +10,13 @@ from graftq.quant_linear.kernels.unpack import load_words, unpack
 
 
 @triton.jit
-def _load_tokens(x, tokens, start, stride, M, K, BLOCK_M: tl.constexpr, MASK_K: tl.constexpr):
-    """Activations of 128 input rows from ``start``: ``[128, BLOCK_M]``, or one token ``[128, 8]`` eight times."""
-    if BLOCK_M == 1:  # two loads of fewer elements than threads: the compiler then keeps them out of shared memory
-        k = start + tl.arange(0, 64)
-        if MASK_K:
-            low = tl.load(x + k, mask=k < K, other=0.0)
-            high = tl.load(x + k + 64, mask=k + 64 < K, other=0.0)
-        else:
-            low = tl.load(x + k)
-            high = tl.load(x + k + 64)
-        both = tl.reshape(tl.permute(tl.join(low, high), (1, 0)), (128,))
-        return tl.broadcast_to(both[:, None], (128, 8))
-    else:
-        k = start + tl.arange(0, 128)
-        inside = (tokens < M)[:, None]
-        if MASK_K:
-            inside = inside & (k < K)[None, :]
-        return tl.trans(tl.load(x + tokens.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0))
+def _load_tokens(x, tokens, start, stride, M, K, MASK_K: tl.constexpr):
+    """Activations of 128 input rows from ``start``: ``[128, BLOCK_M]``."""
+    k = start + tl.arange(0, 128)
+    inside = (tokens < M)[:, None]
+    if MASK_K:
+        inside = inside & (k < K)[None, :]
+    return tl.trans(tl.load(x + tokens.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0))
 
 
 @triton.jit
@@ -40,12 +29,11 @@ def linear_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = x.dtype.element_ty
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    TOKENS: tl.constexpr = 8 if BLOCK_M == 1 else BLOCK_M
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile_n, tile_m = tile // tiles_m, tile % tiles_m
     rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tile_m * BLOCK_M + tl.arange(0, TOKENS)
+    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first_atom = (tile_n * (BLOCK_N // 64)).to(tl.int64) * atoms
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
@@ -53,7 +41,7 @@ def linear_kernel(
     per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
     begin = split * per_split
     end = tl.minimum(begin + per_split, atoms)
-    acc = tl.zeros((BLOCK_N, TOKENS), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1), DTYPE)
     if GROUP == 0 and not SYM:
         zero = load_zeros(zeros, 0, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
@@ -65,7 +53,7 @@ def linear_kernel(
             top = words
             if BITS == 3:
                 top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1)
-            acts = _load_tokens(x, tokens, atom * 128, x_stride, M, K, BLOCK_M, MASK_K)
+            acts = _load_tokens(x, tokens, atom * 128, x_stride, M, K, MASK_K)
             if GROUP == 0:
                 acc = tl.dot(unpack(words, top, zero, BITS, PROGRAM, DTYPE), acts, acc)
             elif GROUP >= 128:

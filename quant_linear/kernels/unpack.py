@@ -153,9 +153,30 @@ def load_words(pointer, atom_stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _widen_top_bits(high):
-    """One-bit words ``[R, 8]`` to ``[R, 16]``, column bit ``i3`` new: its top bits moved to where the program looks."""
-    low, upper = high << 2, (high >> 6) & 0x3FF
-    return _stack(low, upper)
+    """One-bit words ``[R, 8]`` to ``[R, 16]``, column bit ``i3`` new: the top bits moved to where the program looks.
+
+    The top bit of plane ``4 h + p`` of column ``8 i3 + i`` is bit ``8 i3 + 2 p + h`` of word ``i``, and goes to bit
+    ``2 p + h + 2``: above the two low bits of plane ``p`` once ``h`` bytes (and bits) are shifted away.
+    """
+    both = tl.broadcast_to(high[:, None, :], (high.shape[0], 2, 8))
+    upper = (tl.arange(0, 2) == 1)[None, :, None]
+    return tl.reshape(tl.where(upper, (both >> 6) & 0x3FF, both << 2), (high.shape[0], 16))
+
+
+@triton.jit
+def unpack_planes(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: tl.constexpr):
+    """``code - zero``, one tensor ``[R, W]`` per plane, by :func:`unpack_program`'s text; arguments as :func:`unpack`."""
+    top = words
+    if BITS == 3:
+        top = _widen_top_bits(high)
+    D = DTYPE.value
+    if BITS == 8:
+        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r,r", [words, top, zero], (D, D), True, 2)
+    elif BITS == 4:
+        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,=r,=r,r,r,r", [words, top, zero], (D, D, D, D), True, 2)
+    else:
+        constraints: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r"
+        return tl.inline_asm_elementwise(PROGRAM, constraints, [words, top, zero], (D, D, D, D, D, D, D, D), True, 2)
 
 
 @triton.jit
@@ -165,39 +186,25 @@ def unpack(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: 
     Args:
         words: int16 ``[R, W]``, the low two bits for 3-bit codes.
         high: int16 ``[R, 8]``, the top bits of 3-bit codes; else anything.
-        zero: Zero points in ``DTYPE``, ``[R, 1]``, or one number.
+        zero: Zero points in ``DTYPE``, ``[R, 1]``.
         BITS: Code width.
         PROGRAM: :func:`unpack_program`'s text, or "" for the portable path, which needs no inline assembly.
         DTYPE: float16 or bfloat16.
     """
-    D = DTYPE.value
-    top = words
-    if BITS == 3:
-        top = _widen_top_bits(high)
     if PROGRAM == "":
-        PLANES: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
-        shift = (tl.arange(0, PLANES) * (16 // PLANES))[None, :, None]
-        codes = (words.to(tl.int32)[:, None, :] >> shift) & ((1 << (16 // PLANES)) - 1)
-        if BITS == 3:  # plane 4 h + p has its top bit at 2 p + h + 2
-            plane = tl.arange(0, PLANES)[None, :, None]
-            codes |= ((top.to(tl.int32)[:, None, :] >> (plane % 4 * 2 + plane // 4 + 2)) & 1) << 2
+        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+        plane = tl.arange(0, 16 // WIDTH)[None, :, None]
+        codes = (words.to(tl.int32)[:, None, :] >> (plane * WIDTH)) & ((1 << WIDTH) - 1)
+        if BITS == 3:
+            top = _widen_top_bits(high).to(tl.int32)[:, None, :] >> (plane % 4 * 2 + plane // 4 + 2)
+            codes |= (top & 1) << 2
         return tl.reshape(codes.to(DTYPE), (words.shape[0], 128)) - zero
-    elif BITS == 8:
-        p = tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r,r", [words, top, zero], (D, D), True, 2)
-        return _stack(p[0], p[1])
-    elif BITS == 4:
-        p = tl.inline_asm_elementwise(
-            PROGRAM, "=r,=r,=r,=r,r,r,r", [words, top, zero], (D, D, D, D), True, 2
-        )
-        return _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
     else:
-        p = tl.inline_asm_elementwise(
-            PROGRAM,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-            [words, top, zero],
-            (D, D, D, D, D, D, D, D),
-            True,
-            2,
-        )
-        low = _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
-        return _stack(low, _stack(_stack(p[4], p[5]), _stack(p[6], p[7])))
+        p = unpack_planes(words, high, zero, BITS, PROGRAM, DTYPE)
+        if BITS == 8:
+            return _stack(p[0], p[1])
+        elif BITS == 4:
+            return _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
+        else:
+            low = _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
+            return _stack(low, _stack(_stack(p[4], p[5]), _stack(p[6], p[7])))
