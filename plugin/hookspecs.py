@@ -27,7 +27,7 @@ hookimpl = pluggy.HookimplMarker("graftq")
 
 
 @hookspec
-def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:  # type: ignore[empty-body]
+def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
     """Name the modules to patch, each with the function that patches it.
 
     Args:

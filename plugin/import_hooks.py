@@ -103,7 +103,7 @@ class Finder:
                 if module.__name__ == name:
                     self._run(module)
 
-            loader.exec_module = exec_module  # type: ignore[method-assign]
+            loader.exec_module = exec_module
         return spec
 
     def _run(self, module: ModuleType) -> None:
@@ -143,7 +143,7 @@ def install() -> Finder:
     found = finder()
     if found is None:
         found = Finder()
-        sys.meta_path.insert(0, found)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, found)
     return found
 
 
@@ -153,5 +153,5 @@ def uninstall() -> None:
 
     found = finder()
     if found is not None:
-        sys.meta_path.remove(found)  # type: ignore[arg-type]
+        sys.meta_path.remove(found)
     patching.undo_all()

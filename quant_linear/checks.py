@@ -104,7 +104,7 @@ def spec_from_headers(
         stored_g_idx=0 if g_idx is None else g_idx.shape[0],
         stored_bias=tensors["bias"].shape[0] if has_bias and "bias" in tensors else 0,
     )
-    expected = {
+    expected: dict[str, list[tuple[int, ...]]] = {
         "scales": [(num_groups, padded_out)],
         "qzeros": [(num_groups, spec.packed_zero_columns)],
         "g_idx": [(size,) for size in padded],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,13 +82,13 @@ class QuantExperts(nn.Module):
         return total.to(hidden_states.dtype)
 
     def _run(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        expert = self.get_submodule(str(index))
+        expert: Any = self.get_submodule(str(index))
         up_bias, down_bias = (None if name is None else getattr(self, name)[index] for name in self._bias_names)
         hidden = _add(self._up(expert, x), up_bias)
         output = _add(expert.down_proj(self.activate(hidden)), down_bias)
         return output if self.post_expert_norm is None else self.post_expert_norm(output)
 
-    def _up(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _up(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
         if hasattr(expert, "gate_up_proj"):
             return expert.gate_up_proj(x)
         if not hasattr(expert, "gate_proj"):

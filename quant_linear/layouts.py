@@ -25,7 +25,9 @@ class GptqTensors:
 class Layout(Protocol):
     """How a kernel wants the weights. ``unpack(pack(t))`` equals ``t`` bit for bit, for every ``t``."""
 
-    spec: QuantSpec
+    @property
+    def spec(self) -> QuantSpec:
+        """The projection."""
 
     def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
         """Rearrange checkpoint tensors, once, at load. The names become the layer's parameters."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout
+from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
@@ -25,7 +26,8 @@ class QuantLinear(nn.Module):
         spec: The projection.
         choose: Finds the kernel for a request.
         dtypes: Dtype of each tensor that the checkpoint stores, by suffix; the parameters to make.
-        device: Where to allocate them, usually "meta".
+        dtype: The model's dtype, which ``weight`` is given in.
+        device: Where to allocate the parameters, usually "meta".
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class QuantLinear(nn.Module):
         spec: QuantSpec,
         choose: Choose,
         dtypes: Mapping[str, torch.dtype],
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -40,6 +43,7 @@ class QuantLinear(nn.Module):
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.layout: Layout = CheckpointLayout(spec)
+        self.dtype = dtype
         self.pinned = False
         self._choose = choose
         self._provider: KernelProvider | None = None
@@ -84,6 +88,14 @@ class QuantLinear(nn.Module):
     def checkpoint_tensors(self) -> GptqTensors:
         """The tensors exactly as the checkpoint stores them, whatever the layout is now."""
         return self.layout.unpack(self.packed())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised weight [out_features, in_features], made anew at each access.
+
+        For models that reach for a linear layer's weight, or its dtype, instead of calling the layer.
+        """
+        return dequantize(self.checkpoint_tensors(), self.spec).to(self.dtype)
 
     def extra_repr(self) -> str:
         """The projection in short."""

@@ -134,7 +134,9 @@ class _Finder:
 
     def place(self, stored: str) -> tuple[str, str] | None:
         """Target module, and the experts module that holds it (or ""); None if the model has no place for it."""
-        candidates = self._candidates(rename_source_key(f"{stored}.qweight", self.stock, [])[0].removesuffix(".qweight"))
+        renamed = rename_source_key(f"{stored}.qweight", self.stock, [])[0].removesuffix(".qweight")
+        # Like transformers' loader, fall back on the name as stored where renaming leads nowhere.
+        candidates = self._candidates(renamed) + self._candidates(stored)
         for candidate in candidates:
             module = self.modules.get(candidate)
             if module is not None and _weight(module) is not None:
@@ -207,12 +209,14 @@ def _derive_aliases(conversions: list[Any]) -> dict[str, str]:
 
 def _check_experts(model: nn.Module, plan: Plan) -> None:
     for container, found in plan.containers().items():
-        number = model.get_submodule(container).num_experts
+        experts: Any = model.get_submodule(container)
+        number = experts.num_experts
         names = {name.rpartition(".")[2] for name in found}
         file = next(iter(found.values())).infos["qweight"].file
+        needed: tuple[str, ...]
         if "gate_up_proj" in names:
             needed = ("gate_up_proj", "down_proj")
-        elif hasattr(model.get_submodule(container), "gate_up_proj"):
+        elif hasattr(experts, "gate_up_proj"):
             needed = ("gate_proj", "up_proj", "down_proj")
         else:
             needed = ("up_proj", "down_proj")

@@ -118,17 +118,17 @@ class GraftqQuantizer(HfQuantizer):
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
-        found = set()
+        found: set[str] = set()
         for name in self._index.tensors:
             renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+            if renamed not in expected and name in expected:
+                renamed, source = name, None  # the loader's own fallback, for mappings that rename too much
             patterns = targets.get(source, [""]) if source else [""]
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
-        ignored = model._keys_to_ignore_on_load_missing or ()
-        output = _output_embedding(model)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
+        ignored = model._keys_to_ignore_on_load_missing or ()
         for name in sorted(missing):
-            essential = not model.base_model_prefix or name.startswith((f"{model.base_model_prefix}.", f"{output}."))
-            if (essential or model.base_model is model) and not any(re.search(pattern, name) for pattern in ignored):
+            if _is_essential(model, name) and not any(re.search(pattern, name) for pattern in ignored):
                 self._refuse(name)
         return missing
 
@@ -178,7 +178,8 @@ class GraftqQuantizer(HfQuantizer):
         return False
 
 
-def _output_embedding(model: Any) -> str:
-    """Name of the output embedding, which belongs to no base model."""
-    wanted = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is wanted), "\0") if wanted is not None else "\0"
+def _is_essential(model: Any, name: str) -> bool:
+    """Whether a parameter belongs to the base model or its output embedding, and not to a head to be trained."""
+    output = model.get_output_embeddings()
+    heads = [other for other, module in model.named_modules() if module is output and output is not None]
+    return model.base_model is model or name.startswith(tuple(f"{part}." for part in (model.base_model_prefix, *heads)))

@@ -40,12 +40,12 @@ def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
         if projection.container:
             continue
         if isinstance(model.get_submodule(target), (nn.Linear, Conv1D)):
-            model.set_submodule(target, _linear(projection))
+            model.set_submodule(target, _linear(projection, model.dtype))
             model.all_tied_weights_keys.pop(f"{target}.weight", None)
         else:
             dense[target] = projection
     for container, found in plan.containers().items():
-        model.set_submodule(container, _experts(model.get_submodule(container), found))
+        model.set_submodule(container, _experts(model.get_submodule(container), found, model.dtype))
     if ignored := [projection.target for projection in plan.projections.values() if _has_idle_bias(projection)]:
         # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
         patterns = {_any_layer(target, model.base_model_prefix) + r"\.bias$" for target in ignored}
@@ -53,30 +53,32 @@ def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
     return dense
 
 
-def _linear(projection: Projection) -> QuantLinear:
+def _linear(projection: Projection, dtype: torch.dtype) -> QuantLinear:
     dtypes = {suffix: DTYPES[info.dtype] for suffix, info in projection.infos.items()}
     if not projection.spec.has_bias:
         dtypes.pop("bias", None)
-    return QuantLinear(projection.spec, choose_kernel, dtypes, device="meta")
+    return QuantLinear(projection.spec, choose_kernel, dtypes, dtype, device="meta")
 
 
-def _experts(stock: Any, found: Mapping[str, Projection]) -> QuantExperts:
+def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) -> QuantExperts:
     """Rebuild an experts module around packed projections; gating, activation and norm stay the model's own."""
     gated = hasattr(stock, "gate_up_proj")
-    experts = []
-    for number in range(stock.num_experts):
-        prefix = f"{number}."
-        own = {name[len(prefix) :]: _linear(p) for name, p in found.items() if name.startswith(prefix)}
-        experts.append(QuantExpert(own))
-    fused_biases = {}
-    for argument, name in (("up_bias", "gate_up_proj_bias" if gated else "up_proj_bias"), ("down_bias", "down_proj_bias")):
-        parts = [p for key, p in found.items() if key.endswith(".down_proj") == (argument == "down_bias")]
-        if getattr(stock, "has_bias", False) and not any(part.spec.has_bias for part in parts):
-            fused_biases[argument] = (name, getattr(stock, name))
+    projections: dict[str, dict[str, QuantLinear]] = {}
+    for name, projection in found.items():
+        number, _, own = name.partition(".")
+        projections.setdefault(number, {})[own] = _linear(projection, dtype)
+    # Where the files hold one bias tensor for all experts, it stays what it is in the model.
+    up, down = "gate_up_proj" if gated else "up_proj", "down_proj"
+    packed_biases = {name.endswith(f".{down}") for name, projection in found.items() if projection.spec.has_bias}
+    fused_biases = {
+        argument: (f"{name}_bias", getattr(stock, f"{name}_bias"))
+        for argument, name in (("up_bias", up), ("down_bias", down))
+        if stock.has_bias and (name == down) not in packed_biases
+    }
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         stock._parameters.pop(name, None)
     return QuantExperts(
-        experts,
+        [QuantExpert(projections[str(number)]) for number in range(stock.num_experts)],
         activate=stock._apply_gate if gated else stock.act_fn,
         is_concatenated=stock.is_concatenated,
         post_expert_norm=stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None,
@@ -104,7 +106,9 @@ class Dequantize(ConversionOps):
         return self  # the loader copies a converter for every module; specs and quantiser are shared
 
     @torch.no_grad()
-    def convert(self, input_dict: Mapping[str, Any], target_patterns: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         """Collect by suffix, dequantise in float32, cast to the parameter's dtype."""
         parts = {pattern.rstrip("$").rpartition(".")[2]: value for pattern, value in input_dict.items()}
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in parts.items()}

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from graftq.quant_linear.errors import CheckpointError
 from support.gptq import Recipe, pack_stream, quantize
 from support.specs import spec_of
+
+from graftq.quant_linear.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.gptq import Recipe, pack_stream, quantize
+from support.specs import spec_of
+
 from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors
 from graftq.quant_linear.packing import dequantize, pack_codes, unpack_codes, zero_points
 from graftq.quant_linear.spec import SUPPORTED_BITS
-from support.gptq import Recipe, pack_stream, quantize
-from support.specs import spec_of
 
 COUNTS = (1, 31, 32, 33, 100, 256)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.gptq import Recipe, quantize
 
 Overrides = Callable[[str], Recipe | None]
@@ -76,8 +77,11 @@ def write_pair(
             packed[f"{module}.bias"] = torch.zeros(weight.shape[0], dtype=torch.float16)
         return dequantized
 
-    def add_expert(fused: re.Match[str], expert: int, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """``weight`` [K, N] of GPT-OSS, whose gate and up columns alternate."""
+    def add_expert(fused: re.Match[str], expert: int, weight: torch.Tensor) -> torch.Tensor:
+        """One expert's slice of a fused weight; ``split_gate_up`` is for GPT-OSS, whose columns alternate."""
+        if not model.get_submodule(fused[1]).is_transposed:
+            return add(f"{fused[1]}.{expert}.{fused[2]}", weight)
+        bias = state.get(f"{fused[0]}_bias")
         container, projection, _ = fused.groups()
         halves = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
         parts = halves if split_gate_up and projection == "gate_up_proj" else {projection: slice(None)}
@@ -87,8 +91,8 @@ def write_pair(
                 container=container, projection=own, short=own.removesuffix("_proj"), expert=expert
             )
             dequantized[:, columns] = add(module, weight[:, columns].T).T
-            if not fused_bias:
-                packed[f"{module}.bias"] = bias[columns].contiguous()
+            if bias is not None and not fused_bias:
+                packed[f"{module}.bias"] = bias[expert, columns].contiguous()
         return dequantized
 
     for name, tensor in sorted(state.items()):
@@ -97,9 +101,7 @@ def write_pair(
         if fused and fused[3]:
             packed.update({name: tensor} if fused_bias else {})
         elif fused:
-            biases = state[f"{name}_bias"]
-            pairs = zip(tensor, biases, strict=True)
-            state[name] = torch.stack([add_expert(fused, expert, *pair) for expert, pair in enumerate(pairs)])
+            state[name] = torch.stack([add_expert(fused, *pair) for pair in enumerate(tensor)])
         elif name.endswith(".weight") and tensor.ndim == 2 and re.search(only, module):
             flip = any(module.endswith(other) or other.endswith(module) for other in transposed)
             dequantized = add(module, tensor.T if flip else tensor)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.models import logits, relative_error
 from transformers import AutoModelForCausalLM
+
+from support.models import logits, relative_error
 
 
 def load(checkpoint: Path | str, **arguments: Any) -> Any:

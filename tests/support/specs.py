@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from graftq.quant_linear.checkpoint import TensorInfo
 from graftq.quant_linear.checks import Declared, check_values, spec_from_headers
 from graftq.quant_linear.spec import QuantSpec

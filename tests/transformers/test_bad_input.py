@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftq.quant_linear.errors import CheckpointError
 from support.checkpoints import edit, edit_config, write_pair
 from support.gptq import Recipe
 from support.loading import load
 from support.models import tiny
+
+from graftq.quant_linear.errors import CheckpointError
 
 Copy = Callable[[str], Path]
 State = dict[str, torch.Tensor]
@@ -53,7 +54,11 @@ TENSORS: dict[str, tuple[str, Callable[[State], object], str]] = {
     "qzeros missing": ("llama", drop(f"{UP}.qzeros"), rf"{UP}: qzeros missing"),
     "qweight missing": ("llama", drop(f"{UP}.qweight"), rf"{UP}: qweight missing"),
     "scales missing in an expert": ("mixtral", drop(f"{W1}.scales"), rf"{W1}: scales missing"),
-    "an expert missing": ("mixtral", drop_all("model.layers.1.block_sparse_moe.experts.2."), r"experts\.2\.\w+: missing"),
+    "an expert missing": (
+        "mixtral",
+        drop_all("model.layers.1.block_sparse_moe.experts.2."),
+        r"experts\.2\.\w+: missing",
+    ),
     "a projection of an expert missing": ("mixtral", drop_all(W1), r"experts\.2\.gate_proj: missing"),
     "all experts of a layer missing": (
         "mixtral",

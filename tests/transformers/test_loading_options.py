@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from graftq.quant_linear.linear import QuantLinear
 from support.checkpoints import edit_config
 from support.loading import assert_right, load
 from support.models import logits, relative_error
 from transformers import AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM
+
+from graftq.quant_linear.linear import QuantLinear
 
 Copy = Callable[[str], Path]
 
@@ -99,7 +100,9 @@ def test_subfolder(copy: Copy) -> None:
 
 def test_gradients_reach_the_activations(originals: dict[str, Path]) -> None:
     model = load(originals["mixtral"])
-    assert not any(p.requires_grad for module in model.modules() if isinstance(module, QuantLinear) for p in module.parameters())
+    assert not any(
+        p.requires_grad for module in model.modules() if isinstance(module, QuantLinear) for p in module.parameters()
+    )
     embeddings = model.get_input_embeddings()(torch.tensor([[5, 6, 7]])).detach().requires_grad_()
     model(inputs_embeds=embeddings).logits.sum().backward()
     assert embeddings.grad is not None
@@ -113,5 +116,5 @@ def test_saving_is_refused_until_it_is_right(originals: dict[str, Path], tmp_pat
 
 def test_forced_kernel(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTQ_KERNEL", "warp-drive")
-    with pytest.raises(RuntimeError, match="GRAFTQ_KERNEL=warp-drive: no such kernel; there are .*torch"):
+    with pytest.raises(RuntimeError, match=r"GRAFTQ_KERNEL=warp-drive: no such kernel; there are .*torch"):
         load(originals["llama"])

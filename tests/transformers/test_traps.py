@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from graftq.quant_linear.errors import CheckpointError
-from graftq.quant_linear.linear import QuantLinear
 from safetensors.torch import load_file
 from support.checkpoints import edit, edit_config, write_pair
 from support.gptq import Recipe
 from support.loading import assert_right, load
 from support.models import tiny
+
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.linear import QuantLinear
 
 Copy = Callable[[str], Path]
 State = dict[str, torch.Tensor]
@@ -94,7 +95,9 @@ def test_all_zero_bias_where_the_model_has_none(copy: Copy) -> None:
 def test_non_zero_bias_where_the_model_has_none(copy: Copy) -> None:
     checkpoint = copy("llama")
     edit(checkpoint, lambda state: state["model.layers.1.mlp.up_proj.bias"].fill_(0.5))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.bias: non-zero bias"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.bias: non-zero bias"
+    ):
         load(checkpoint)
 
 
