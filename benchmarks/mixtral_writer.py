@@ -1,0 +1,117 @@
+"""Writes a Mixtral GPTQ checkpoint in TheBloke's layout with random codes, at any size.
+
+    python benchmarks/mixtral_writer.py FOLDER --layers 4 --bits 4 --group-size 128 --shards 4
+
+Zero-mean weights with the spread of real ones, so that routing does not collapse on a few experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+EXPERTS = 8
+
+
+def write(
+    folder: Path,
+    layers: int = 4,
+    hidden: int = 4096,
+    intermediate: int = 14336,
+    bits: int = 4,
+    group_size: int = 128,
+    desc_act: bool = True,
+    shards: int = 4,
+    vocabulary: int = 32000,
+) -> int:
+    """Write the checkpoint; layers are spread evenly over ``shards`` files. Returns its size in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {"bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": True, "quant_method": "gptq"}
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 128,
+        "num_key_value_heads": max(hidden // 512, 1),
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "vocab_size": vocabulary,
+        "torch_dtype": "float16",
+        "tie_word_embeddings": False,
+        "quantization_config": parameters,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "quantize_config.json").write_text(json.dumps(parameters, indent=2))
+    generator = torch.Generator().manual_seed(0)
+    weight_map, total = {}, 0
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in range(layers * shard // shards, layers * (shard + 1) // shards):
+            for module, n, k in _modules(layer, hidden, intermediate):
+                tensors.update(_packed(module, n, k, bits, group_size, desc_act, generator))
+            prefix = f"model.layers.{layer}"
+            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = _normal(EXPERTS, hidden, generator)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.float16)
+        if shard == 0:
+            tensors["model.embed_tokens.weight"] = _normal(vocabulary, hidden, generator)
+        if shard == shards - 1:
+            tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.float16)
+            tensors["lm_head.weight"] = _normal(vocabulary, hidden, generator)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def _modules(layer: int, hidden: int, intermediate: int) -> Iterator[tuple[str, int, int]]:
+    prefix, narrow = f"model.layers.{layer}", max(hidden // 512, 1) * 128
+    for name, n in (("q_proj", hidden), ("k_proj", narrow), ("v_proj", narrow), ("o_proj", hidden)):
+        yield f"{prefix}.self_attn.{name}", n, hidden
+    for expert in range(EXPERTS):
+        yield f"{prefix}.block_sparse_moe.experts.{expert}.w1", intermediate, hidden
+        yield f"{prefix}.block_sparse_moe.experts.{expert}.w3", intermediate, hidden
+        yield f"{prefix}.block_sparse_moe.experts.{expert}.w2", hidden, intermediate
+
+
+def _packed(
+    module: str, n: int, k: int, bits: int, group_size: int, desc_act: bool, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    order = torch.randperm(k, generator=generator) if desc_act else torch.arange(k)
+    words = torch.randint(-(2**31), 2**31, (k * bits // 32, n), dtype=torch.int32, generator=generator)
+    spread = (k * (4**bits - 1) / 12) ** -0.5  # codes are uniform: their standard deviation is sqrt((4^b - 1) / 12)
+    scales = torch.full((groups, n), spread, dtype=torch.float16)
+    # A symmetric zero point, minus one, repeated over the words; 32 codes fill `bits` words.
+    stored = sum((2 ** (bits - 1) - 1) << (bits * position) for position in range(32))
+    pattern = torch.tensor([(stored >> (32 * word)) & 0xFFFFFFFF for word in range(bits)], dtype=torch.int64)
+    return {
+        f"{module}.qweight": words,
+        f"{module}.qzeros": pattern.to(torch.int32).repeat(groups, n // 32),
+        f"{module}.scales": scales,
+        f"{module}.g_idx": (order // (k if group_size == -1 else group_size)).to(torch.int32),
+    }
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    return (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.float16)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    for option, default in (("layers", 4), ("hidden", 4096), ("intermediate", 14336), ("bits", 4), ("shards", 4)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--group-size", type=int, default=128)
+    size = write(**vars(parser.parse_args()))
+    print(f"{size / 1e9:.2f} GB")
