@@ -7,6 +7,8 @@ Source of the header format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,19 +120,35 @@ def _read_header(file: str) -> Iterator[TensorInfo]:
             raise CheckpointError(f"truncated or not a safetensors file ({size} bytes)", file=file)
         try:
             header = json.loads(stream.read(length))
-            entries = [parse_entry(name, file, entry) for name, entry in header.items() if name != "__metadata__"]
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            infos = [parse_entry(name, file, entry) for name, entry in entries.items()]
+            end = sum(info.nbytes for info in infos)
+            if sorted(tuple(entry["data_offsets"]) for entry in entries.values()) != _back_to_back(entries):
+                raise ValueError("tensors overlap, or leave gaps")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"malformed safetensors header: {error}", file=file) from error
     if size != 8 + length + end:
         raise CheckpointError(f"truncated: the header promises {8 + length + end} bytes, there are {size}", file=file)
-    yield from entries
+    yield from infos
 
 
 def parse_entry(name: str, file: str, entry: Mapping[str, Any]) -> TensorInfo:
-    """One tensor's entry of a safetensors header; ``KeyError`` or ``TypeError`` if it is malformed."""
-    begin, end = entry["data_offsets"]
-    return TensorInfo(name, file, tuple(int(size) for size in entry["shape"]), str(entry["dtype"]), end - begin)
+    """One tensor's entry of a safetensors header; ``ValueError``, ``KeyError`` or ``TypeError`` if it is malformed."""
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
+    bits = re.search(r"\d+", dtype)  # "F8_E4M3" and its like begin with the width, too
+    if min(begin, *shape, 0) < 0 or (bits and math.prod(shape) * int(bits[0]) != (end - begin) * 8):
+        raise ValueError(f"{name} has shape {list(shape)} of {dtype} in {end - begin} bytes")
+    return TensorInfo(name, file, shape, dtype, end - begin)
+
+
+def _back_to_back(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Where the tensors would lie without gaps, in the order of their beginnings."""
+    spans, position = [], 0
+    for begin, end in sorted(tuple(entry["data_offsets"]) for entry in entries.values()):
+        spans.append((position, position + end - begin))
+        position += end - begin
+    return spans
 
 
 def _read_pickle_header(file: str) -> Iterator[TensorInfo]:

@@ -77,12 +77,12 @@ class Loading:
                 weights.read_weight_map(self.source, name)  # refuses what transformers would trip over
             arguments["transformers_explicit_filename"] = name
             return None
-        pickle = weights.find_pickle(self.source, self.config)
-        if pickle is None:
+        pickles = weights.find_pickles(self.source, self.config)
+        if not pickles:
             return None  # transformers says what it looked for
         if self.arguments.get("use_safetensors") is not False:
-            raise weights.pickle_refused(self.source, pickle)
-        return self.source.fetch(pickle)
+            raise weights.pickle_refused(self.source, pickles[0])
+        return self.source.fetch(weights.the_only(self.source, pickles) or pickles[0])
 
     def open_index(self, files: Sequence[str], metadata: Mapping[str, Any] | None) -> None:
         """Read the headers of the resolved files.

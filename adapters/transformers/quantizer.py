@@ -63,6 +63,7 @@ class GraftqQuantizer(HfQuantizer):
         self._index = CheckpointIndex({})
         self._dense: dict[str, Projection] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._ignore_mismatched_sizes = False
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         current = loading.current()
@@ -73,7 +74,9 @@ class GraftqQuantizer(HfQuantizer):
             self._index = CheckpointIndex.open(checkpoint_files)
         else:
             raise CheckpointError("a GPTQ model is loaded from files; from_pretrained(state_dict=...) is not supported")
-        key_mapping = current.arguments.get("key_mapping") if current else None
+        arguments = current.arguments if current else {}
+        key_mapping = arguments.get("key_mapping")
+        self._ignore_mismatched_sizes = bool(arguments.get("ignore_mismatched_sizes"))
         self._model = model
         self._plan = make_plan(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
         self._dense = swap_modules(model, self._plan)
@@ -123,6 +126,8 @@ class GraftqQuantizer(HfQuantizer):
             renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
             if renamed not in expected and name in expected:
                 renamed, source = name, None  # the loader's own fallback, for mappings that rename too much
+            if source is None and renamed in expected:
+                self._check_like(name, expected[renamed])
             patterns = targets.get(source, [""]) if source else [""]
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
@@ -131,6 +136,15 @@ class GraftqQuantizer(HfQuantizer):
             if _is_essential(model, name) and not any(re.search(pattern, name) for pattern in ignored):
                 self._refuse(name)
         return missing
+
+    def _check_like(self, name: str, parameter: torch.Tensor) -> None:
+        """Hold a tensor of the files against the parameter that it becomes."""
+        info = self._index.tensors[name]
+        if info.shape != tuple(parameter.shape) and not self._ignore_mismatched_sizes:
+            reason = f"shape {list(info.shape)}, but the model's weight has {list(parameter.shape)}"
+            raise CheckpointError(reason, file=info.file, module=name)
+        if parameter.is_floating_point() and not info.dtype.startswith(("F", "BF")):
+            raise CheckpointError(f"dtype {info.dtype} for a weight of floats", file=info.file, module=name)
 
     def _spare_initialisation(self, missing: set[str]) -> None:
         """Keep ``_init_weights`` away from modules that hold packed layers.

@@ -68,6 +68,12 @@ TENSORS: dict[str, tuple[str, Callable[[State], object], str]] = {
     "a layer missing": ("llama", drop_all(UP), rf"{UP}\.weight: no tensor in the checkpoint for this weight"),
     "a norm missing": ("llama", drop("model.norm.weight"), r"model\.norm\.weight: no tensor in the checkpoint"),
     "lm_head missing": ("llama", drop("lm_head.weight"), r"lm_head\.weight: no tensor in the checkpoint"),
+    "a norm too short": ("llama", cut("model.norm.weight", 8), r"model\.norm\.weight: shape \[56\], .* has \[64\]"),
+    "an embedding of integers": (
+        "llama",
+        retype("model.embed_tokens.weight", torch.int32),
+        r"embed_tokens\.weight: dtype I32 for a weight of floats",
+    ),
     "NaN scale": ("llama", put(f"{UP}.scales", float("nan")), rf"{UP}\.scales: NaN values"),
     "infinite scale": ("mixtral", put(f"{W1}.scales", float("inf")), rf"{W1}\.scales: infinite values"),
     "non-zero bias": ("mixtral", put(f"{W1}.bias", 1.0), rf"{W1}\.bias: non-zero bias"),

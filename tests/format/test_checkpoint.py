@@ -1,0 +1,91 @@
+"""Headers of safetensors files: read as written, and refused when they lie."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from graftq.quant_linear.checkpoint import CheckpointIndex
+from graftq.quant_linear.errors import CheckpointError
+
+TENSORS = {
+    "a.qweight": torch.zeros(4, 8, dtype=torch.int32),
+    "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+    "a.scales": torch.ones(1, 8, dtype=torch.float16),
+    "a.bias": torch.ones(8, dtype=torch.float16),
+    "norm.weight": torch.ones(3, dtype=torch.bfloat16),
+    "b.bias": torch.ones(2),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    save_file(TENSORS, tmp_path / "m.safetensors")
+    return str(tmp_path / "m.safetensors")
+
+
+def write_header(path: Path, header: Any, payload: bytes) -> str:
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + payload)
+    return str(path)
+
+
+def test_names_shapes_and_dtypes(file: str) -> None:
+    found = {name: (info.shape, info.nbytes) for name, info in CheckpointIndex.open([file]).tensors.items()}
+    assert found == {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in TENSORS.items()}
+
+
+def test_a_projection_is_what_has_packed_tensors(file: str) -> None:
+    projections = CheckpointIndex.open([file]).projections()
+    assert {module: list(parts) for module, parts in projections.items()} == {
+        "a": ["qweight", "qzeros", "scales", "bias"]
+    }
+
+
+def test_read_yields_the_values(file: str) -> None:
+    values = dict(CheckpointIndex.open([file]).read(["norm.weight", "a.scales"]))
+    assert all(tensor.equal(TENSORS[name]) for name, tensor in values.items())
+    assert len(values) == 2
+
+
+LIES: dict[str, Any] = {
+    "no object": [],
+    "no offsets": {"a": {"dtype": "F16", "shape": [4]}},
+    "no shape": {"a": {"dtype": "F16", "data_offsets": [0, 8]}},
+    "shape larger than the bytes": {"a": {"dtype": "F16", "shape": [400], "data_offsets": [0, 8]}},
+    "negative size": {"a": {"dtype": "F16", "shape": [-2, -2], "data_offsets": [0, 8]}},
+    "negative offset": {"a": {"dtype": "F16", "shape": [4], "data_offsets": [-8, 0]}},
+    "overlap": {
+        "a": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]},
+        "b": {"dtype": "F16", "shape": [2], "data_offsets": [4, 8]},
+    },
+    "a gap": {"a": {"dtype": "F16", "shape": [2], "data_offsets": [4, 8]}},
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_lying_headers(what: str, tmp_path: Path) -> None:
+    file = write_header(tmp_path / "m.safetensors", LIES[what], bytes(8))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: malformed safetensors header"):
+        CheckpointIndex.open([file])
+
+
+def test_a_header_longer_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        CheckpointIndex.open([str(tmp_path / "m.safetensors")])
+
+
+def test_errors_survive_pickling() -> None:
+    """Workers hand exceptions to their parents that way."""
+    import pickle
+
+    error = CheckpointError("why", file="f", module="m")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.file, copied.module, copied.reason) == ("f: m: why", "f", "m", "why")
