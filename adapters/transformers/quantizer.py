@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -38,22 +38,26 @@ class GPTQConfig(StockConfig):
             self.backend = "auto"
 
 
-def make_quantizer(stock: type[HfQuantizer]) -> type[HfQuantizer]:
-    """A quantiser class that loads with graftq, and leaves quantising to ``stock``."""
-
-    class GptqHfQuantizer(GraftqQuantizer):
-        def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
-            if kwargs.get("pre_quantized", True):
-                return super().__new__(cls)
-            return stock(quantization_config, **kwargs)
-
+def replace_stock(stock: type[HfQuantizer]) -> type[HfQuantizer]:
+    """The class to register in the place of ``stock``, which quantising is left to."""
+    GptqHfQuantizer.stock = stock
     return GptqHfQuantizer
 
 
-class GraftqQuantizer(HfQuantizer):
-    """Loads a GPTQ checkpoint: packed layers in place of the model's, before the weights come."""
+class GptqHfQuantizer(HfQuantizer):
+    """Loads a GPTQ checkpoint: packed layers in place of the model's, before the weights come.
 
+    Asked for a model that is yet to be quantised, it gives an instance of the stock class instead.
+    """
+
+    stock: ClassVar[type[HfQuantizer]]
     requires_calibration = False
+
+    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Defer to ``stock`` unless the model is quantised; copying and unpickling pass no arguments."""
+        if kwargs.get("pre_quantized", True):
+            return super().__new__(cls)
+        return cls.stock(quantization_config, **kwargs)
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)

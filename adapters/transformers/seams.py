@@ -13,9 +13,9 @@ from graftq.plugin.patching import replace_attribute, replace_item
 
 def patch_quantizers(module: ModuleType) -> None:
     """Put graftq's quantiser and configuration class in the place of the stock ones for "gptq"."""
-    from graftq.adapters.transformers.quantizer import GPTQConfig, make_quantizer
+    from graftq.adapters.transformers.quantizer import GPTQConfig, replace_stock
 
-    replace_item(module.AUTO_QUANTIZER_MAPPING, "gptq", make_quantizer)
+    replace_item(module.AUTO_QUANTIZER_MAPPING, "gptq", replace_stock)
     replace_item(module.AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", lambda stock: GPTQConfig)
 
 

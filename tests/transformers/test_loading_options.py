@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import edit_config
+from support.checkpoints import edit_config, write_pair
+from support.gptq import Recipe
 from support.loading import assert_right, load
-from support.models import logits, relative_error
+from support.models import logits, relative_error, tiny
 from transformers import AutoModelForCausalLM, GPTQConfig, LlamaForCausalLM
 
 from graftq.quant_linear.linear import QuantLinear
@@ -118,3 +120,15 @@ def test_forced_kernel(originals: dict[str, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GRAFTQ_KERNEL", "warp-drive")
     with pytest.raises(RuntimeError, match=r"GRAFTQ_KERNEL=warp-drive: no such kernel; there are .*torch"):
         load(originals["llama"])
+
+
+def test_a_copy_is_as_right(originals: dict[str, Path]) -> None:
+    model = load(originals["mixtral"])
+    assert logits(copy_of(model)).equal(logits(model))
+
+
+def test_quantised_head_of_a_model_with_tied_embeddings(tmp_path: Path) -> None:
+    checkpoint = write_pair(tmp_path, tiny("llama"), Recipe(), only="(proj|lm_head)$")
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert isinstance(assert_right(checkpoint).lm_head, QuantLinear)
