@@ -52,3 +52,7 @@ def _inspect(checkpoint: str, revision: str | None) -> bool:
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

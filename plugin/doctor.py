@@ -57,7 +57,8 @@ def report() -> Iterator[str]:
         yield f"  {root:<24}{_taken_over(root)}"
     device = machine.device()
     for dtype in ("float16", "float32"):
-        yield f"Kernels for 4 bits, group 128, act-order, 4096 x 4096, in {dtype} on {device}"
+        chosen = machine.kernel(TYPICAL, dtype)
+        yield f"Kernels for 4 bits, group 128, act-order, 4096 x 4096, in {dtype} on {device}: {chosen}"
         for name, verdict in machine.verdicts(TYPICAL, dtype).items():
             yield f"  {name:<24}{verdict}"
     yield "Failures"

@@ -13,8 +13,8 @@ recorded: dict[str, str] = {}
 
 
 def record(what: str, error: BaseException) -> None:
-    """Warn once that ``what`` failed, and how to switch graftq off."""
-    why = f"{type(error).__name__}: {error}"
-    if what not in recorded:
+    """Warn, once for each cause, that ``what`` failed, and how to switch graftq off."""
+    why = " ".join(f"{type(error).__name__}: {error}".split())  # one line, as some messages have many
+    if why not in recorded.values():
         logger.warning("graftq: %s failed, and is left out: %s. %s=1 switches graftq off.", what, why, SWITCH)
     recorded[what] = why

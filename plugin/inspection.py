@@ -58,7 +58,8 @@ def inspect(source: Source) -> Inspection:
     """
     _check_exists(source)
     model = _read_json(source, "config.json")
-    text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
+    text = model.get("text_config")
+    text = text if isinstance(text, dict) else {}
     found = model.get("quantization_config") or text.get("quantization_config")
     written = {"config.json": found, QUANTIZE_CONFIG: _read_json(source, QUANTIZE_CONFIG)}
     raw = {name: parameters for name, parameters in written.items() if parameters}
@@ -71,12 +72,9 @@ def inspect(source: Source) -> Inspection:
     config = QuantConfig.from_dict(raw[where], source.describe(where))
     name = weights.find_safetensors(source, config)
     if name is None:
-        pickle = weights.find_pickle(source, config)
-        raise (
-            weights.pickle_refused(source, pickle)
-            if pickle
-            else CheckpointError("no weight file here", file=source.describe(""))
-        )
+        if pickles := weights.find_pickles(source, config):
+            raise weights.pickle_refused(source, pickles[0])
+        raise CheckpointError("no weight file here", file=source.describe(""))
     index, unread = _open(source, name)
     seen = {
         stored: look_at_headers(stored, infos, config.for_module(stored))

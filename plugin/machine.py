@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from graftq.quant_linear.selection import Request
     from graftq.quant_linear.spec import QuantSpec
 
 
@@ -17,19 +18,14 @@ def device() -> str:
 
 
 def verdicts(spec: QuantSpec, dtype: str) -> dict[str, str]:
-    """Every provider's name to "chosen", "accepted" or its reason to refuse, in the order of preference."""
+    """Every provider's name to "accepted" or its reason to refuse, in the order of preference."""
     from graftq.plugin.manager import kernel_providers
     from graftq.quant_linear.selection import Rejected, select
 
-    selection = select(_request(spec, dtype), kernel_providers())
-    chosen = kernel(spec, dtype)
+    said = select(_request(spec, dtype), kernel_providers()).verdicts
     return {
-        name: f"refused: {verdict.reason}"
-        if isinstance(verdict, Rejected)
-        else "chosen"
-        if name == chosen
-        else "accepted"
-        for name, verdict in selection.verdicts.items()
+        name: f"refused: {verdict.reason}" if isinstance(verdict, Rejected) else "accepted"
+        for name, verdict in said.items()
     }
 
 
@@ -44,7 +40,7 @@ def kernel(spec: QuantSpec, dtype: str) -> str:
         return f"none: {error}"
 
 
-def _request(spec: QuantSpec, dtype: str):  # type: ignore[no-untyped-def]
+def _request(spec: QuantSpec, dtype: str) -> Request:
     import torch
 
     from graftq.quant_linear.selection import Request

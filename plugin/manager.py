@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -62,10 +62,12 @@ def kernel_providers() -> tuple[KernelProvider, ...]:
     register(KERNELS)
     found: list[KernelProvider] = []
     for label, answer in _call_each("graftq_kernels"):
-        if not isinstance(answer, Iterable):
-            faults.record(label, TypeError(f"graftq_kernels returned {type(answer).__name__}, not an iterable"))
+        try:
+            providers = list(answer)
+        except Exception as error:
+            faults.record(label, error)
             continue
-        for provider in answer:
+        for provider in providers:
             if all(hasattr(provider, member) for member in PROVIDER_MEMBERS):
                 found.append(provider)
             else:
@@ -84,11 +86,13 @@ def choose_kernel(request: Request) -> Selection:
     return select(request, kernel_providers(), os.environ.get("GRAFTQ_KERNEL") or None)
 
 
-def _call_each(hook: str, **arguments: object) -> list[tuple[str, object]]:
+def _call_each(hook: str, **arguments: object) -> list[tuple[str, Any]]:
     """Call one hook plugin by plugin, so that an exception in one costs only that one."""
     manager = plugin_manager()
     answers = []
     for label, plugin in manager.list_name_plugin():
+        if label in faults.recorded:  # pluggy keeps a plugin whose registration has failed
+            continue
         others = [other for other in manager.get_plugins() if other is not plugin]
         try:
             results = manager.subset_hook_caller(hook, others)(**arguments)

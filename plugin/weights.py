@@ -25,22 +25,19 @@ def find_safetensors(source: Source, config: QuantConfig) -> str | None:
         for ending in SAFE_ENDINGS:
             if source.has(stem + ending):
                 return stem + ending
-    return _only(source, [name for name in _candidates(source) if name.endswith(SAFE_ENDINGS)])
+    return the_only(source, [name for name in _candidates(source) if name.endswith(SAFE_ENDINGS)])
 
 
-def find_pickle(source: Source, config: QuantConfig) -> str | None:
-    """Name of the pickle that holds the weights; None if there is none.
-
-    Raises:
-        CheckpointError: if several files could be meant.
-    """
+def find_pickles(source: Source, config: QuantConfig) -> list[str]:
+    """Names of the pickles that may hold the weights."""
+    if found := [name for name in _candidates(source) if name.endswith(PICKLE_ENDINGS)]:
+        return found
     tried = [stem + ending for stem in ("pytorch_model", *_stems(source, config)) for ending in PICKLE_ENDINGS]
-    found = [name for name in _candidates(source) if name.endswith(PICKLE_ENDINGS)]
-    return _only(source, found or [name for name in tried if source.has(name)][:1])
+    return [name for name in tried if source.has(name)]
 
 
 def pickle_refused(source: Source, name: str) -> CheckpointError:
-    """What to tell a user whose checkpoint has no other weights than the pickle ``name``."""
+    """What to tell a user whose checkpoint has no other weights than pickles like ``name``."""
     return CheckpointError(
         "only pickle files here, and a pickle can run any code. Convert it: load it with "
         "torch.load(..., weights_only=True) and write it with safetensors.torch.save_file; "
@@ -68,6 +65,23 @@ def read_weight_map(source: Source, index: str) -> dict[str, str]:
     return weight_map
 
 
+def the_only(source: Source, names: Sequence[str]) -> str | None:
+    """The index among ``names``, or the single one of them; None if there are none.
+
+    Raises:
+        CheckpointError: if several files could be meant.
+    """
+    indices = [name for name in names if name.endswith(".index.json")]
+    found = indices or list(names)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"several weight files, and nothing says which: {', '.join(found)}. Name one (without its ending) "
+            f"as model_file_base_name in {QUANTIZE_CONFIG}",
+            file=source.describe(""),
+        )
+    return found[0] if found else None
+
+
 def _stems(source: Source, config: QuantConfig) -> tuple[str, ...]:
     """AutoGPTQ names the weights in ``quantize_config.json``, even where ``config.json`` has the rest."""
     path = source.fetch(QUANTIZE_CONFIG)
@@ -80,15 +94,3 @@ def _stems(source: Source, config: QuantConfig) -> tuple[str, ...]:
 
 def _candidates(source: Source) -> list[str]:
     return [name for name in source.names() if not name.startswith(NOT_WEIGHTS)]
-
-
-def _only(source: Source, names: Sequence[str]) -> str | None:
-    indices = [name for name in names if name.endswith(".index.json")]
-    found = indices or list(names)
-    if len(found) > 1:
-        raise CheckpointError(
-            f"several weight files, and nothing says which: {', '.join(found)}. Name one (without its ending) "
-            f"as model_file_base_name in {QUANTIZE_CONFIG}",
-            file=source.describe(""),
-        )
-    return found[0] if found else None

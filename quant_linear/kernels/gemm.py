@@ -1,33 +1,60 @@
-"""``x @ W.T`` on the matrix units straight from packed weights: the weights left, the tokens right."""
+"""``x @ W.T`` on the matrix units straight from packed weights: the weights left, the tokens right.
+
+The left operand goes from the load through :mod:`unpack` to the matrix instruction without leaving its thread; only
+the activations pass through shared memory.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from graftq.quant_linear.kernels.tile import finish_tile, load_scales, load_zeros
+from graftq.quant_linear.kernels.tile import finish_tile, load_scales, load_zeros, scale_weights
 from graftq.quant_linear.kernels.unpack import load_words, unpack
 
 
 @triton.jit
-def _load_tokens(x, tokens, start, stride, M, K, MASK_K: tl.constexpr):
-    """Activations of 128 input rows from ``start``: ``[128, BLOCK_M]``."""
-    k = start + tl.arange(0, 128)
-    inside = (tokens < M)[:, None]
-    if MASK_K:
-        inside = inside & (k < K)[None, :]
-    return tl.trans(tl.load(x + tokens.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0))
+def _settle(acc, PROGRAM: tl.constexpr):
+    """``acc``, once the matrix unit is done with it.
+
+    An empty use. Without one, Triton 3.6 lets Hopper's products of one step run on into the next, where the
+    registers of their left operand are written anew: wrong sums in some launches (seen on an H100; never with it).
+    """
+    if PROGRAM == "":
+        return acc
+    else:
+        return tl.inline_asm_elementwise("", "=r,0", [acc], tl.float32, True, 1)
 
 
 @triton.jit
-def linear_kernel(
+def matrix_kernel(
     x, codes, high, scales, zeros, bias, out, partials, counters,
-    M, N, K, atoms, x_stride, scale_stride, zero_stride,
+    M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
+    AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
+    """One tile of ``out`` [M, N], or one split of its sum over K; grid (tiles of N times tiles of M, SPLIT_K).
+
+    Args:
+        x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
+        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` anything but for 3 bits.
+        bias: [N], any float dtype.
+        partials: float32 [SPLIT_K, M, N], if SPLIT_K > 1.
+        counters: int32 [tiles], zero, if SPLIT_K > 1; left zero.
+        atoms: Atoms of 128 input rows.
+        groups: Rows of ``scales``.
+        GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
+        PROGRAM: ``unpack_program``'s text, or "" for the portable path.
+        MASK_K: Whether ``x`` ends before the last atom does.
+        SCALE_WEIGHTS: Scale the weights, not the products; always so for groups shorter than an atom.
+        KEEP: Whether other tiles read the same weights.
+        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
+        UNROLL: Atoms per step; divides ``atoms``.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
+    SCALES: tl.constexpr = scales.dtype.element_ty
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -37,41 +64,55 @@ def linear_kernel(
     first_atom = (tile_n * (BLOCK_N // 64)).to(tl.int64) * atoms
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
+    # Tokens beyond the last read the last one again: cheaper than a mask, and never stored.
+    columns = tl.arange(0, 128)
+    x += tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * x_stride + columns[None, :]
 
     per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
     begin = split * per_split
     end = tl.minimum(begin + per_split, atoms)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1), DTYPE)
+    zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1) if SYM else 0, DTYPE)
     if GROUP == 0 and not SYM:
         zero = load_zeros(zeros, 0, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
+    if AFTER_GATHER:
+        tl.extra.cuda.gdc_wait()
 
     for step in range(begin, end, UNROLL):
         for unrolled in tl.static_range(UNROLL):
             atom = step + unrolled
-            words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH)
+            words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, KEEP)
             top = words
             if BITS == 3:
-                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1)
-            acts = _load_tokens(x, tokens, atom * 128, x_stride, M, K, MASK_K)
+                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)
+            if MASK_K:
+                activations = tl.trans(tl.load(x + atom * 128, mask=(atom * 128 + columns < K)[None, :], other=0.0))
+            else:
+                activations = tl.trans(tl.load(x + atom * 128))
             if GROUP == 0:
-                acc = tl.dot(unpack(words, top, zero, BITS, PROGRAM, DTYPE), acts, acc)
+                weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)
+                acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
             elif GROUP >= 128:
                 group = atom // (GROUP // 128)
+                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]
                 if not SYM:
                     zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
-                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]
                 weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)
                 if SCALE_WEIGHTS:
-                    acc = tl.dot(weights * scale.to(DTYPE), acts, acc)
+                    acc = _settle(tl.dot(scale_weights(weights, scale, SCALES), activations, acc), PROGRAM)
                 else:
-                    acc += tl.dot(weights, acts) * scale
+                    acc += tl.dot(weights, activations) * scale
             else:
-                GROUPS: tl.constexpr = 128 // GROUP
-                group = (atom * GROUPS + tl.arange(0, GROUPS))[None, :]
-                scale = load_scales(scales, group, rows[:, None], scale_stride, N).to(DTYPE)
-                weights = unpack(words, top, zero if SYM else 0.0, BITS, PROGRAM, DTYPE)
-                acc = tl.dot(weights, acts, acc)
+                PER_ATOM: tl.constexpr = 128 // GROUP
+                # The last atom may reach beyond the last group: its codes there meet activations that are zero.
+                group = tl.minimum(atom * PER_ATOM + tl.arange(0, PER_ATOM), groups - 1)[None, :]
+                scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]
+                weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (BLOCK_N, PER_ATOM, GROUP))
+                if not SYM:
+                    centre = load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)
+                    weights -= centre[:, :, None]
+                weights = tl.reshape(scale_weights(weights, scale, SCALES), (BLOCK_N, 128))
+                acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
     finish_tile(acc, out, bias, partials, counters, tile, split, rows, tokens, M, N, HAS_BIAS, SPLIT_K)

@@ -22,11 +22,23 @@ def load_zeros(zeros, group, rows, stride, N, BITS: tl.constexpr, ZERO_OFFSET: t
     shift = rows * BITS % 32
     zero = tl.load(word, mask=rows < N, other=0) >> shift
     if BITS == 3:  # codes 10 and 21 of every 32 straddle two words
-        straddles = shift > 29
-        zero &= (1 << (32 - tl.maximum(shift, 1))) - 1  # the shift above copied the sign
-        rest = tl.load(word + 1, mask=(rows < N) & straddles, other=0)
-        zero |= rest << (32 - tl.maximum(shift, 1))
+        left = 32 - tl.maximum(shift, 1)  # bits that the first word has; the shift above filled in copies of the sign
+        rest = tl.load(word + 1, mask=(rows < N) & (shift > 29), other=0)
+        zero = (zero & ((1 << left) - 1)) | (rest << left)
     return ((zero & ((1 << BITS) - 1)) + ZERO_OFFSET).to(DTYPE)
+
+
+@triton.jit
+def scale_weights(weights, scale, SCALES: tl.constexpr):
+    """``weights * scale`` in the dtype of ``weights``; ``scale`` float32, broadcast, stored as ``SCALES``.
+
+    The multiplication of packed halves has one rounding, like any other. But a scale stored in a wider dtype than
+    float16 may lie outside its range though the weight does not; then the product is taken in float32.
+    """
+    if weights.dtype == tl.float16 and SCALES != tl.float16:
+        return (weights.to(tl.float32) * scale).to(weights.dtype)
+    else:
+        return weights * scale.to(weights.dtype)
 
 
 @triton.jit
@@ -43,16 +55,42 @@ def finish_tile(
     offsets = tokens.to(tl.int64)[None, :] * N + rows[:, None]
     last = 1
     if SPLIT_K > 1:
-        size = M * N
+        size = (tl.zeros((), tl.int64) + M) * N
         tl.store(partials + split * size + offsets, acc, mask=inside)
         tl.debug_barrier()  # every thread's partial sums before the one thread's signal
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel") // (SPLIT_K - 1)
         if last == 1:
             acc = tl.zeros_like(acc)
-            for other in tl.static_range(SPLIT_K):
-                acc += tl.load(partials + other * size + offsets, mask=inside, other=0.0)
+            if acc.shape[0] * acc.shape[1] <= 2048:  # all loads in flight at once, where registers allow
+                for other in tl.static_range(SPLIT_K):
+                    acc += tl.load(partials + other * size + offsets, mask=inside, other=0.0)
+            else:
+                for other in range(SPLIT_K):
+                    acc += tl.load(partials + other * size + offsets, mask=inside, other=0.0)
             tl.store(counters + tile, 0)
     if last == 1:
         if HAS_BIAS:
             acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
         tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_row(
+    acc, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr
+):
+    """:func:`finish_tile` for a single token: ``acc`` float32 ``[rows]``."""
+    inside = rows < N
+    last = 1
+    if SPLIT_K > 1:
+        tl.store(partials + split * N + rows, acc, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") // (SPLIT_K - 1)
+        if last == 1:
+            acc = tl.zeros_like(acc)
+            for other in tl.static_range(SPLIT_K):
+                acc += tl.load(partials + other * N + rows, mask=inside, other=0.0)
+            tl.store(counters + tile, 0)
+    if last == 1:
+        if HAS_BIAS:
+            acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + rows, acc.to(out.dtype.element_ty), mask=inside)

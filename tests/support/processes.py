@@ -105,7 +105,7 @@ def make_venv(folder: Path, *installed: str) -> Path:
     Returns:
         Its interpreter.
     """
-    venv.create(folder, with_pip=False)
+    venv.create(folder, with_pip=False, symlinks=os.name == "posix")
     inside = {"base": str(folder), "platbase": str(folder)}
     Path(sysconfig.get_path("purelib", vars=inside), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = Path(sysconfig.get_path("scripts", vars=inside), "python")

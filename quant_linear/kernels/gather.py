@@ -1,0 +1,24 @@
+"""Activations into the packed order of the input rows: what act-order costs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_kernel(x, order, out, K, places, x_stride, BLOCK: tl.constexpr, BEFORE_DEPENDENT: tl.constexpr):
+    """``out[m, place] = x[m, order[place]]``, 0 where ``order`` is not below ``K``; grid (blocks of places, M).
+
+    Args:
+        x: [M, K], rows ``x_stride`` apart.
+        order: int32 [places], a multiple of 128 long.
+        out: [M, places], contiguous.
+        BEFORE_DEPENDENT: Whether the kernel that reads ``out`` may start meanwhile (programmatic dependent launch).
+    """
+    if BEFORE_DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.load(order + place, mask=place < places, other=K)
+    tl.store(out + token * places + place, tl.load(x + token * x_stride + k, mask=k < K, other=0.0), mask=place < places)

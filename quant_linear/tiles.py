@@ -1,0 +1,99 @@
+"""Which tile a product gets: a pure function of the product and the device, measured beforehand, nothing at run time.
+
+A tile's shape follows from the tokens. The splits of K fill the device once: as many programs as are resident
+together, since a second, partial round costs as much as a full one (measured; see ``docs/performance.md``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a tile choice depends on.
+
+    Attributes:
+        backend: Triton's name, "cuda", "hip" or "xpu".
+        capability: Major times ten plus minor, CUDA only; else 0.
+        processors: Multiprocessors, or what the backend calls them.
+    """
+
+    backend: str
+    capability: int
+    processors: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration.
+
+    Attributes:
+        rows: Output rows, a multiple of 64.
+        tokens: Tokens; 1 means the vector kernel.
+        unroll: Atoms of 128 input rows per step.
+        splits: Splits of K.
+        warps: Warps per program; a multiple of four, four for each 64 rows or all 128.
+        stages: Depth of the software pipeline.
+        registers: Cap per thread, or None; it buys residency.
+        scale_weights: Whether the scales go onto the weights instead of the products.
+    """
+
+    rows: int
+    tokens: int
+    unroll: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+    registers: int | None = None
+    scale_weights: bool = False
+
+
+FUSED_TOKENS = 768
+"""Tokens up to which unpacking in the product beats weights in plain and cuBLAS (H100; nothing else measured)."""
+
+
+@lru_cache(maxsize=4096)
+def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Tile | None:
+    """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None: dequantise, then multiply plainly.
+
+    Args:
+        device: Where it runs.
+        bits: Code width.
+        group: Input rows per scale; 0 for one group.
+        n: Output rows.
+        k: Input rows as packed, a multiple of 128.
+        m: Tokens, at least 1.
+    """
+    if m > FUSED_TOKENS:
+        return None
+    atoms = k // 128
+    unroll = 2 if atoms % 2 == 0 else 1
+    if m == 1 and (group == 0 or group >= 128):
+        splits = _splits(8 * device.processors, n, 64, 1, atoms, shortest=2)
+        return Tile(64, 1, unroll, splits, stages=1)
+    hopper = device.capability == 90
+    if m <= 16:
+        splits = _splits(5 * device.processors, n, 64, 1, atoms, shortest=4)
+        return Tile(64, 16, unroll if splits == 1 else 1, splits)
+    if m <= 32:
+        return Tile(64, 32, 1, _splits(4 * device.processors, n, 64, 1, atoms, shortest=4))
+    cap = 128 if hopper else None
+    if m <= 64 and _tiles(n, 64) * 2 > 4 * device.processors or m > 64:
+        # Two groups of four warps share the activations of a tile.
+        tiles_m = -(-m // 64)
+        if tiles_m > 1 and _tiles(n, 128) * tiles_m > 2 * device.processors:
+            return Tile(128, 128, 1, 1, warps=8, registers=cap, scale_weights=True)
+        splits = _splits(2 * device.processors, n, 128, tiles_m, atoms, shortest=8)
+        return Tile(128, 64, 1, splits, warps=8, registers=cap)
+    return Tile(64, 64, 1, _splits(4 * device.processors, n, 64, 1, atoms, shortest=8), registers=cap)
+
+
+def _tiles(n: int, rows: int) -> int:
+    return -(-n // rows)
+
+
+def _splits(resident: int, n: int, rows: int, tiles_m: int, atoms: int, shortest: int) -> int:
+    """Splits so that ``resident`` programs are not exceeded and none has fewer than ``shortest`` atoms."""
+    return max(1, min(resident // (_tiles(n, rows) * tiles_m), atoms // shortest, 32))

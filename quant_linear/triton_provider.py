@@ -1,0 +1,66 @@
+"""The ``triton`` provider: every dense GPTQ configuration on a GPU, by kernels compiled when they are first needed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+
+import pluggy
+import torch
+
+from graftq.quant_linear.selection import Accepted, KernelProvider, Rejected, Request, Verdict
+from graftq.quant_linear.spec import QuantSpec
+from graftq.quant_linear.tiled_layout import TiledLayout
+
+
+class TritonProvider:
+    """Repacks the weights into tiles once (:class:`TiledLayout`), and multiplies straight from them."""
+
+    name = "triton"
+    priority = 100
+
+    def judge(self, request: Request) -> Verdict:
+        """Accept fp16 and bf16 on GPUs, wherever Triton is installed and the weights may be repacked."""
+        if request.device not in ("cuda", "xpu"):
+            return Rejected(f"no Triton kernels for device type {request.device}")
+        if importlib.util.find_spec("triton") is None:
+            return Rejected("triton is not installed")
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return Rejected(f"{request.dtype} activations; the kernels compute in float16 and bfloat16")
+        if request.pinned:
+            return Rejected("the weights must stay in the checkpoint's layout, and the kernels read another")
+        return Accepted()
+
+    def layout(self, spec: QuantSpec) -> TiledLayout:
+        """Tiles in the order of the matrix instructions."""
+        return TiledLayout(spec)
+
+    def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
+        """``x @ W.T + bias``; ``x`` [..., in_features], any strides; returns [..., out_features], contiguous.
+
+        Differentiable in ``x``. Raises what torch does for a last dimension that is not ``in_features``.
+        """
+        import graftq.quant_linear.ops  # noqa: F401  registers the operator; not at the top, where triton may be absent
+
+        scales = packed["scales"]
+        out = torch.ops.graftq.tiled_linear(
+            x.reshape(-1, spec.in_features),
+            packed["codes"],
+            packed.get("high"),
+            scales,
+            packed["qzeros"],
+            packed.get("order"),
+            packed.get("bias"),
+            spec.bits,
+            TiledLayout(spec).group(scales.shape[0]),
+            spec.sym,
+            spec.zero_offset,
+            spec.out_features,
+        )
+        return out.view(*x.shape[:-1], spec.out_features)
+
+
+@pluggy.HookimplMarker("graftq")
+def graftq_kernels() -> Iterable[KernelProvider]:
+    """Register the Triton kernels."""
+    return [TritonProvider()]

@@ -1,0 +1,1 @@
+"""What a third party writes to bring graftq into a framework."""

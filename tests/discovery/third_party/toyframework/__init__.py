@@ -1,0 +1,3 @@
+"""A framework that knows nothing of graftq."""
+
+__version__ = "0.1"
