@@ -55,19 +55,10 @@ def look_at_headers(stored: str, infos: Mapping[str, TensorInfo], declared: Decl
 
 def look_at_values(seen: Mapping[str, Seen], index: CheckpointIndex, config: QuantConfig) -> dict[str, Seen]:
     """Refine what headers said by the values of the small tensors, file by file."""
-    owner = {
-        info.name: (stored, suffix)
-        for stored, one in seen.items()
-        if one.spec is not None
-        for suffix, info in one.small.items()
-    }
     result = dict(seen)
-    pending: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in index.read(owner):
-        stored, suffix = owner[name]
-        pending.setdefault(stored, {})[suffix] = tensor
-        if len(pending[stored]) == len(seen[stored].small):
-            result[stored] = _look(seen[stored], config.for_module(stored), pending.pop(stored))
+    sound = {stored: one.infos for stored, one in seen.items() if one.spec is not None}
+    for stored, values in index.read_small(sound):
+        result[stored] = _look(seen[stored], config.for_module(stored), values)
     return result
 
 

@@ -89,6 +89,23 @@ class CheckpointIndex:
             if parts.keys() & {"qweight", "qzeros"}
         }
 
+    def read_small(
+        self, projections: Mapping[str, Mapping[str, TensorInfo]]
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield each projection's tensors by suffix, all but ``qweight``, as soon as the files have given them."""
+        owner = {
+            info.name: (key, suffix)
+            for key, infos in projections.items()
+            for suffix, info in infos.items()
+            if suffix != "qweight"
+        }
+        pending: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, tensor in self.read(owner):
+            key, suffix = owner[name]
+            pending[key][suffix] = tensor
+            if len(pending[key]) == len(projections[key].keys() - {"qweight"}):
+                yield key, pending.pop(key)
+
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)``, file by file; a tensor is backed by the file until the next one is asked for."""
         by_file: dict[str, list[str]] = defaultdict(list)

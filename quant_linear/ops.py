@@ -14,6 +14,7 @@ from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.gather import gather_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
+from graftq.quant_linear.kernels.launch import Options, launch
 from graftq.quant_linear.kernels.unpack import unpack_program
 from graftq.quant_linear.tiles import Device, Tile, choose
 from graftq.quant_linear.workspace import counters
@@ -82,35 +83,34 @@ def _tiled_linear(
     if tile.splits > 1:
         partials = torch.empty(tile.splits * m * out_features, dtype=torch.float32, device=x.device)
         arrivals = counters(x.device, tiles)
-    options = _options(tile, overlap)
     program = _program(x.device, bits, x.dtype, 2 ** (bits - 1) if sym else None)
-    tensors = (codes, codes if high is None else high, scales, qzeros, scales if bias is None else bias, out)
-    masked = k < atoms * 128
+    tensors = (
+        x, codes, codes if high is None else high, scales, qzeros, scales if bias is None else bias, out,
+        partials, arrivals,
+    )  # fmt: skip
+    weights = (bits, group, sym, zero_offset, program, bias is not None)
     if tile.tokens == 1:
-        vector_kernel[(tiles, tile.splits)](
-            x, *tensors, partials, arrivals,
-            out_features, k, atoms, scales.stride(0), qzeros.stride(0),
-            bits, group, sym, zero_offset, program, bias is not None, masked, overlap,
-            tile.rows, tile.unroll, tile.splits, **options,
-        )  # fmt: skip
+        numbers = (out_features, k, atoms, scales.stride(0), qzeros.stride(0))
+        constants = (*weights, k < atoms * 128, overlap, tile.rows, tile.unroll, tile.splits)
+        launch(vector_kernel, (tiles, tile.splits, 1), tensors, numbers, constants, _options(tile, overlap))
     else:
-        matrix_kernel[(tiles, tile.splits)](
-            x, *tensors, partials, arrivals,
-            m, out_features, k, atoms, scales.shape[0], x.stride(0), scales.stride(0), qzeros.stride(0),
-            bits, group, sym, zero_offset, program, bias is not None, masked, tile.scale_weights, m > tile.tokens,
-            overlap, tile.rows, tile.tokens, tile.unroll, tile.splits, **options,
+        numbers = (m, out_features, k, atoms, scales.shape[0], x.stride(0), scales.stride(0), qzeros.stride(0))
+        constants = (
+            *weights, m % tile.tokens > 0, k < atoms * 128, tile.scale_weights, m > tile.tokens, overlap,
+            tile.rows, tile.tokens, tile.unroll, tile.splits,
         )  # fmt: skip
+        launch(matrix_kernel, (tiles, tile.splits, 1), tensors, numbers, constants, _options(tile, overlap))
     return out
 
 
 @lru_cache(maxsize=256)
-def _options(tile: Tile, overlap: bool) -> dict[str, int | bool]:
-    options: dict[str, int | bool] = {"num_warps": tile.warps, "num_stages": tile.stages}
+def _options(tile: Tile, overlap: bool) -> Options:
+    options: list[tuple[str, int | bool]] = [("num_warps", tile.warps), ("num_stages", tile.stages)]
     if tile.registers is not None:
-        options["maxnreg"] = tile.registers
+        options.append(("maxnreg", tile.registers))
     if overlap:
-        options["launch_pdl"] = True
-    return options
+        options.append(("launch_pdl", True))
+    return tuple(options)
 
 
 def _gather(x: torch.Tensor, order: torch.Tensor, overlap: bool) -> torch.Tensor:
@@ -118,8 +118,9 @@ def _gather(x: torch.Tensor, order: torch.Tensor, overlap: bool) -> torch.Tensor
     m, k = x.shape
     places = order.shape[0]
     out = x.new_empty(m, places)
-    block = 256 if m == 1 else 1024
-    gather_kernel[(-(-places // block), m)](x, order, out, k, places, x.stride(0), block, overlap, num_warps=4)
+    block = 256 if m <= 64 else 1024
+    grid = (-(-places // block), m, 1)
+    launch(gather_kernel, grid, (x, order, out), (k, places, x.stride(0)), (block, overlap), (("num_warps", 4),))
     return out
 
 
@@ -133,11 +134,14 @@ def _plain_runs(codes, high, scales, qzeros, bits, group, sym, zero_offset, out_
     program = _program(codes.device, bits, dtype, 2 ** (bits - 1) if sym else None)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
-        dequantize_kernel[(count, atoms)](
-            codes, codes if high is None else high, scales, qzeros, space,
-            first, out_features, atoms, scales.shape[0], scales.stride(0), qzeros.stride(0),
-            bits, group, sym, zero_offset, program, num_warps=4, num_stages=1,
-        )  # fmt: skip
+        launch(
+            dequantize_kernel,
+            (count, atoms, 1),
+            (codes, codes if high is None else high, scales, qzeros, space),
+            (first, out_features, atoms, scales.shape[0], scales.stride(0), qzeros.stride(0)),
+            (bits, group, sym, zero_offset, program),
+            (("num_warps", 4), ("num_stages", 1)),
+        )
         yield first * 64, space[: min(count * 64, out_features - first * 64)]
 
 
@@ -179,17 +183,24 @@ def _tiled_linear_input_grad(
     return scattered[:, :in_features].contiguous()
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    x, *weights, _ = inputs
-    ctx.save_for_backward(*weights[:6])
-    ctx.numbers = weights[6:]
-    ctx.in_features = x.shape[1]
+class TiledLinear(torch.autograd.Function):
+    """``tiled_linear`` with a gradient to the activations; the weights are frozen.
 
+    Not registered for the operator itself: that costs each call some 10 us of Python, gradient or not.
+    """
 
-def _backward(ctx, grad):  # noqa: ANN001, ANN202
-    weights = ctx.saved_tensors
-    dx = torch.ops.graftq.tiled_linear_input_grad(grad, *weights, *ctx.numbers, ctx.in_features)
-    return (dx, *[None] * 11)
+    @staticmethod
+    def forward(ctx, x, *arguments):  # noqa: ANN001, ANN002, ANN205, D102
+        *weights, _ = arguments
+        ctx.save_for_backward(*weights[:6])
+        ctx.numbers = weights[6:]
+        ctx.in_features = x.shape[1]
+        return torch.ops.graftq.tiled_linear(x, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205, D102
+        dx = torch.ops.graftq.tiled_linear_input_grad(grad, *ctx.saved_tensors, *ctx.numbers, ctx.in_features)
+        return (dx, *[None] * 11)
 
 
 _library.impl("tiled_linear", _tiled_linear, "CompositeExplicitAutograd")
@@ -205,5 +216,3 @@ def _(x, codes, high, scales, qzeros, order, bias, bits, group, sym, zero_offset
 def _(grad, codes, high, scales, qzeros, order, bias, bits, group, sym, zero_offset, in_features):  # noqa: ANN001, ANN202
     return grad.new_empty(grad.shape[0], in_features)
 
-
-torch.library.register_autograd("graftq::tiled_linear", _backward, setup_context=_setup_context, lib=_library)

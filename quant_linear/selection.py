@@ -106,6 +106,9 @@ def select(request: Request, providers: Iterable[KernelProvider], forced: str | 
 def _judge(provider: KernelProvider, request: Request) -> Verdict:
     from graftq.quant_linear.layouts import CheckpointLayout
 
-    verdict = provider.judge(request)
-    repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), CheckpointLayout)
+    try:
+        verdict = provider.judge(request)
+        repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), CheckpointLayout)
+    except Exception as error:  # somebody else's provider: it loses the layer, the host keeps its model
+        return Rejected(f"its own failure: {type(error).__name__}: {error}")
     return Rejected("it repacks the weights, and these are offloaded") if request.pinned and repacks else verdict

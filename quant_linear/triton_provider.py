@@ -40,10 +40,10 @@ class TritonProvider:
 
         Differentiable in ``x``. Raises what torch does for a last dimension that is not ``in_features``.
         """
-        import graftq.quant_linear.ops  # noqa: F401  registers the operator; not at the top, where triton may be absent
+        from graftq.quant_linear.ops import TiledLinear  # not at the top, where triton may be absent
 
         scales = packed["scales"]
-        out = torch.ops.graftq.tiled_linear(
+        arguments = (
             x.reshape(-1, spec.in_features),
             packed["codes"],
             packed.get("high"),
@@ -57,6 +57,10 @@ class TritonProvider:
             spec.zero_offset,
             spec.out_features,
         )
+        if x.requires_grad and torch.is_grad_enabled():
+            out = TiledLinear.apply(*arguments)
+        else:
+            out = torch.ops.graftq.tiled_linear(*arguments)
         return out.view(*x.shape[:-1], spec.out_features)
 
 

@@ -233,19 +233,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def _check_all_values(plan: Plan, index: CheckpointIndex, config: QuantConfig) -> None:
-    owner = {
-        info.name: (target, suffix)
-        for target, projection in plan.projections.items()
-        for suffix, info in projection.infos.items()
-        if suffix != "qweight"
-    }
-    pending: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in index.read(owner):
-        target, suffix = owner[name]
-        values = pending.setdefault(target, {})
-        values[suffix] = tensor
+    for target, values in index.read_small({target: p.infos for target, p in plan.projections.items()}):
         old = plan.projections[target]
-        if len(values) == len(old.infos) - 1:
-            declared = config.for_module(old.stored)
-            spec = check_values(old.stored, old.infos, old.spec, declared, pending.pop(target))
-            plan.projections[target] = replace(old, spec=spec)
+        spec = check_values(old.stored, old.infos, old.spec, config.for_module(old.stored), values)
+        plan.projections[target] = replace(old, spec=spec)

@@ -31,7 +31,7 @@ def matrix_kernel(
     x, codes, high, scales, zeros, bias, out, partials, counters,
     M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
     AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -47,6 +47,8 @@ def matrix_kernel(
         groups: Rows of ``scales``.
         GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
         PROGRAM: ``unpack_program``'s text, or "" for the portable path.
+        MASK_M: Whether the last tile has fewer tokens than others. (Reading one token in place of the missing ones
+            would spare the mask, but every program reading the same line costs far more.)
         MASK_K: Whether ``x`` ends before the last atom does.
         SCALE_WEIGHTS: Scale the weights, not the products; always so for groups shorter than an atom.
         KEEP: Whether other tiles read the same weights.
@@ -64,13 +66,13 @@ def matrix_kernel(
     first_atom = (tile_n * (BLOCK_N // 64)).to(tl.int64) * atoms
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
-    # Tokens beyond the last read the last one again: cheaper than a mask, and never stored.
     columns = tl.arange(0, 128)
-    x += tl.minimum(tokens, M - 1).to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x += tokens.to(tl.int64)[:, None] * x_stride + columns[None, :]
 
     per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
     begin = split * per_split
     end = tl.minimum(begin + per_split, atoms)
+    PER_ATOM: tl.constexpr = 128 // GROUP if GROUP > 0 else 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1) if SYM else 0, DTYPE)
     if GROUP == 0 and not SYM:
@@ -85,8 +87,11 @@ def matrix_kernel(
             top = words
             if BITS == 3:
                 top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)
-            if MASK_K:
-                activations = tl.trans(tl.load(x + atom * 128, mask=(atom * 128 + columns < K)[None, :], other=0.0))
+            if MASK_M or MASK_K:
+                inside = ((tokens < M) if MASK_M else (tokens >= 0))[:, None]
+                if MASK_K:
+                    inside &= (atom * 128 + columns < K)[None, :]
+                activations = tl.trans(tl.load(x + atom * 128, mask=inside, other=0.0))
             else:
                 activations = tl.trans(tl.load(x + atom * 128))
             if GROUP == 0:
@@ -103,7 +108,6 @@ def matrix_kernel(
                 else:
                     acc += tl.dot(weights, activations) * scale
             else:
-                PER_ATOM: tl.constexpr = 128 // GROUP
                 # The last atom may reach beyond the last group: its codes there meet activations that are zero.
                 group = tl.minimum(atom * PER_ATOM + tl.arange(0, PER_ATOM), groups - 1)[None, :]
                 scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]

@@ -91,3 +91,13 @@ def test_offloaded_weights_stay_as_they_are() -> None:
 
 def test_the_reference_accepts_everything() -> None:
     assert isinstance(TorchProvider().judge(Request(SPEC, "xpu", torch.bfloat16)), Accepted)
+
+
+def test_a_provider_that_fails_to_judge_is_out() -> None:
+    class Broken(Fake):
+        def judge(self, request: Request) -> Verdict:
+            raise RuntimeError("no driver")
+
+    selection = select(REQUEST, [Broken("broken", 99), SLOW])
+    assert selection.provider is SLOW
+    assert selection.verdicts["broken"] == Rejected("its own failure: RuntimeError: no driver")

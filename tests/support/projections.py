@@ -51,7 +51,9 @@ class Shape:
         )
 
 
-def make(shape: Shape, seed: int = 0, device: str = "cpu", codes: int | None = None, scale: float = 0.01) -> GptqTensors:
+def make(
+    shape: Shape, seed: int = 0, device: str = "cpu", codes: int | None = None, scale: float = 0.01
+) -> GptqTensors:
     """Fill a projection: random codes (or all equal ``codes``), scales around ``scale``."""
     generator = torch.Generator().manual_seed(seed)
     spec, levels = shape.spec(), 2**shape.bits
