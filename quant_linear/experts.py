@@ -78,7 +78,7 @@ class QuantExperts(nn.Module):
             if index < self.num_experts:
                 token, slot = torch.where(top_k_index == index)
                 output = self._run(index, hidden_states[token]) * top_k_weights[token, slot, None]
-                total = total.index_add(0, token, output.to(torch.float32))
+                total.index_add_(0, token, output.to(torch.float32))
         return total.to(hidden_states.dtype)
 
     def _run(self, index: int, x: torch.Tensor) -> torch.Tensor:

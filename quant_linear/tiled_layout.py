@@ -14,6 +14,9 @@ from graftq.quant_linear.spec import QuantSpec
 TILE_N = 64
 """Output rows of an atom."""
 
+PADDED_N = 128
+"""Output rows are padded to a multiple of this, the most that one program computes, so that it reads no further."""
+
 ATOM_K = 128
 """Input rows of an atom."""
 
@@ -83,7 +86,7 @@ class TiledLayout:
         """
         plan = self._plan(tensors.g_idx, tensors.qweight.device)
         bits, columns = self.spec.bits, self.spec.padded_out
-        tiles = -(-columns // TILE_N)
+        tiles = -(-columns // PADDED_N) * (PADDED_N // TILE_N)
         parts: list[dict[str, torch.Tensor]] = []
         for start in range(0, tiles, _CHUNK_TILES):
             stop = min(start + _CHUNK_TILES, tiles)
@@ -209,5 +212,5 @@ def _from_words(packed: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
 
 
 def _top_bits() -> list[tuple[int, int, int]]:
-    """(plane, half of the columns, bit) of each 3-bit code's top bit: plane ``4 h + p`` at ``8 half + 2 p + h``."""
-    return [(4 * h + p, half, 8 * half + 2 * p + h) for half in range(2) for h in range(2) for p in range(4)]
+    """(plane, half of the columns, bit) of each 3-bit code's top bit, as ``kernels.unpack`` wants them."""
+    return [(plane, half, plane // 2 * 4 + 2 + plane % 2 - 2 * half) for half in range(2) for plane in range(8)]

@@ -20,19 +20,19 @@ class TritonProvider:
     priority = 100
 
     def judge(self, request: Request) -> Verdict:
-        """Accept fp16 and bf16 on GPUs, wherever Triton is installed and the weights may be repacked."""
+        """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
         if request.device not in ("cuda", "xpu"):
             return Rejected(f"no Triton kernels for device type {request.device}")
         if importlib.util.find_spec("triton") is None:
             return Rejected("triton is not installed")
         if request.dtype not in (torch.float16, torch.bfloat16):
             return Rejected(f"{request.dtype} activations; the kernels compute in float16 and bfloat16")
-        if request.pinned:
-            return Rejected("the weights must stay in the checkpoint's layout, and the kernels read another")
         return Accepted()
 
     def layout(self, spec: QuantSpec) -> TiledLayout:
         """Tiles in the order of the matrix instructions."""
+        import graftq.quant_linear.ops  # noqa: F401 - whoever packs will multiply: Triton's import belongs to loading
+
         return TiledLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
@@ -44,7 +44,7 @@ class TritonProvider:
 
         scales = packed["scales"]
         arguments = (
-            x.reshape(-1, spec.in_features),
+            x if x.dim() == 2 else x.reshape(-1, spec.in_features),
             packed["codes"],
             packed.get("high"),
             scales,
@@ -61,7 +61,7 @@ class TritonProvider:
             out = TiledLinear.apply(*arguments)
         else:
             out = torch.ops.graftq.tiled_linear(*arguments)
-        return out.view(*x.shape[:-1], spec.out_features)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], spec.out_features)
 
 
 @pluggy.HookimplMarker("graftq")

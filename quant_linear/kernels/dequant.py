@@ -31,7 +31,7 @@ def dequantize_kernel(
     top = words
     if BITS == 3:
         top = load_words(high + here * 512, 0, 64, 1, False)
-    PER_ATOM: tl.constexpr = 128 // GROUP if 0 < GROUP and GROUP < 128 else 1
+    PER_ATOM: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
     if GROUP == 0:
         group = tl.zeros((1, 1), tl.int32)
     elif GROUP >= 128:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def gather_kernel(x, order, out, K, places, x_stride, BLOCK: tl.constexpr, BEFORE_DEPENDENT: tl.constexpr):
-    """``out[m, place] = x[m, order[place]]``, 0 where ``order`` is not below ``K``; grid (blocks of places, M).
+    """``out[m, place] = x[m, order[place]]``, 0 where ``order`` is not below ``K``; grid (M, blocks of places).
 
     Args:
         x: [M, K], rows ``x_stride`` apart.
@@ -18,7 +18,8 @@ def gather_kernel(x, order, out, K, places, x_stride, BLOCK: tl.constexpr, BEFOR
     """
     if BEFORE_DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = tl.load(order + place, mask=place < places, other=K)
-    tl.store(out + token * places + place, tl.load(x + token * x_stride + k, mask=k < K, other=0.0), mask=place < places)
+    values = tl.load(x + token * x_stride + k, mask=k < K, other=0.0)
+    tl.store(out + token * places + place, values, mask=place < places)

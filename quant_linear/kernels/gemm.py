@@ -39,7 +39,7 @@ def matrix_kernel(
 
     Args:
         x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
-        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` anything but for 3 bits.
+        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` read for 3 bits only.
         bias: [N], any float dtype.
         partials: float32 [SPLIT_K, M, N], if SPLIT_K > 1.
         counters: int32 [tiles], zero, if SPLIT_K > 1; left zero.

@@ -35,7 +35,7 @@ def scale_weights(weights, scale, SCALES: tl.constexpr):
     The multiplication of packed halves has one rounding, like any other. But a scale stored in a wider dtype than
     float16 may lie outside its range though the weight does not; then the product is taken in float32.
     """
-    if weights.dtype == tl.float16 and SCALES != tl.float16:
+    if weights.dtype == tl.float16 and not SCALES.is_fp16():
         return (weights.to(tl.float32) * scale).to(weights.dtype)
     else:
         return weights * scale.to(weights.dtype)
@@ -75,9 +75,7 @@ def finish_tile(
 
 
 @triton.jit
-def finish_row(
-    acc, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr
-):
+def finish_row(acc, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
     """:func:`finish_tile` for a single token: ``acc`` float32 ``[rows]``."""
     inside = rows < N
     last = 1

@@ -39,8 +39,8 @@ def _bfloat_bits(value: int) -> int:
 def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
     """PTX for ``tl.inline_asm_elementwise``: a pair of words to the planes of two output elements each.
 
-    Operands: one output register per plane, then the pair of words, of top-bit words (3 bits; see
-    :func:`_widen_top_bits`), and of zero points in the activation dtype (read if ``zero`` is None).
+    Operands: one output register per plane, then the pair of words, of zero points in the activation dtype (read if
+    ``zero`` is None), and for 3 bits of top-bit words and of the shifts from :func:`_spread_top_bits`.
 
     Args:
         bits: Code width.
@@ -48,7 +48,7 @@ def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
         zero: The zero point of every code, or None if it is an operand.
     """
     planes = 16 // (2 if bits == 3 else bits)
-    word, high, zero_operand = (f"${planes + operand}" for operand in range(3))
+    word, zero_operand, high, shift = (f"${planes + operand}" for operand in range(4))
     half = dtype == "fp16"
     number = _half_bits if half else _bfloat_bits
     mantissa = 10 if half else 7
@@ -91,20 +91,25 @@ def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
             lines.append(f"fma.rn.{kind} ${plane}, u{plane}, {sixteen}, l{plane};")
         return _scoped(declared, lines)
 
-    step = 2 if bits == 3 else bits
+    if bits == 3:  # first into nibbles: planes 0, 2, 4, 6 of one register, planes 1, 3, 5, 7 of the other
+        lines.append(f"and.b32 h, {shift}, 31; shl.b32 h, {high}, h;")
+        declared["h"] = None
+        nibbles = []
+        for odd in range(2):
+            top = emit(f"top{odd}", f"and.b32 top{odd}, {shifted('h', 'h', odd)}, {_pair(0x4444)};")
+            low = shifted(word, "w", 2 * odd)
+            nibbles.append(emit(f"n{odd}", f"lop3.b32 n{odd}, {low}, {_pair(0x3333)}, {top}, {_AND_OR};"))
     for plane in range(planes):
-        offset = plane * step % 8  # bit of this plane after the shift by whole bytes
-        byte = plane * step // 8 * 8
+        source, name, position = word, "w", plane * bits
+        if bits == 3:
+            source, name, position = nibbles[plane % 2], f"n{plane % 2}_", plane // 2 * 4
+        offset = position % 8  # bit of this plane after the shift by whole bytes
         extra = offset if offset + bits > mantissa else 0
-        source = shifted(word, "w", byte + extra)
         place = offset - extra
         base = (1 << mantissa) >> place
-        magic = _pair(number(base))
-        mask = _pair(((1 << step) - 1) << place)
-        emit(f"q{plane}", f"lop3.b32 q{plane}, {source}, {mask}, {magic}, {_AND_OR};")
-        if bits == 3:
-            top = shifted(high, "h", byte // 8 + extra)
-            lines.append(f"lop3.b32 q{plane}, {top}, {_pair(4 << place)}, q{plane}, {_AND_OR};")
+        mask = _pair(((1 << bits) - 1) << place)
+        moved = shifted(source, name, position - place)
+        emit(f"q{plane}", f"lop3.b32 q{plane}, {moved}, {mask}, {_pair(number(base))}, {_AND_OR};")
         lines.append(f"fma.rn.{kind} ${plane}, q{plane}, {one}, {minus(base)};")
     return _scoped(declared, lines)
 
@@ -152,31 +157,32 @@ def load_words(pointer, atom_stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr, 
 
 
 @triton.jit
-def _widen_top_bits(high):
-    """One-bit words ``[R, 8]`` to ``[R, 16]``, column bit ``i3`` new: the top bits moved to where the program looks.
+def _spread_top_bits(high):
+    """One-bit words ``[R, 8]`` as ``[R, 16]``, column bit ``i3`` new, and the left shift ``[1, 16]`` each needs.
 
-    The top bit of plane ``4 h + p`` of column ``8 i3 + i`` is bit ``8 i3 + 2 p + h`` of word ``i``, and goes to bit
-    ``2 p + h + 2``: above the two low bits of plane ``p`` once ``h`` bytes (and bits) are shifted away.
+    Shifted, the top bit of plane ``2 e + odd`` is bit ``4 e + 2 + odd``: above the two low bits of plane ``2 e`` once
+    a register of every other plane has been made of them, and one further right for the other register.
     """
-    both = tl.broadcast_to(high[:, None, :], (high.shape[0], 2, 8))
-    upper = (tl.arange(0, 2) == 1)[None, :, None]
-    return tl.reshape(tl.where(upper, (both >> 6) & 0x3FF, both << 2), (high.shape[0], 16))
+    both = tl.reshape(tl.broadcast_to(high[:, None, :], (high.shape[0], 2, 8)), (high.shape[0], 16))
+    return both, (tl.arange(0, 16) // 8 * 2).to(tl.int16)[None, :]
 
 
 @triton.jit
 def unpack_planes(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: tl.constexpr):
-    """``code - zero``, one tensor ``[R, W]`` per plane, by :func:`unpack_program`'s text; arguments as :func:`unpack`."""
-    top = words
-    if BITS == 3:
-        top = _widen_top_bits(high)
+    """``code - zero``, one tensor ``[R, W]`` per plane, by :func:`unpack_program`; arguments as :func:`unpack`."""
     D = DTYPE.value
     if BITS == 8:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r,r", [words, top, zero], (D, D), True, 2)
+        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r", [words, zero], (D, D), True, 2)
     elif BITS == 4:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,=r,=r,r,r,r", [words, top, zero], (D, D, D, D), True, 2)
+        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,=r,=r,r,r", [words, zero], (D, D, D, D), True, 2)
+    elif BITS == 3:
+        top, shift = _spread_top_bits(high)
+        text: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r"
+        args = [words, zero, top, shift]
+        return tl.inline_asm_elementwise(PROGRAM, text, args, (D, D, D, D, D, D, D, D), True, 2)
     else:
-        constraints: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r"
-        return tl.inline_asm_elementwise(PROGRAM, constraints, [words, top, zero], (D, D, D, D, D, D, D, D), True, 2)
+        constraints: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r"
+        return tl.inline_asm_elementwise(PROGRAM, constraints, [words, zero], (D, D, D, D, D, D, D, D), True, 2)
 
 
 @triton.jit
@@ -196,7 +202,8 @@ def unpack(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: 
         plane = tl.arange(0, 16 // WIDTH)[None, :, None]
         codes = (words.to(tl.int32)[:, None, :] >> (plane * WIDTH)) & ((1 << WIDTH) - 1)
         if BITS == 3:
-            top = _widen_top_bits(high).to(tl.int32)[:, None, :] >> (plane % 4 * 2 + plane // 4 + 2)
+            top, shift = _spread_top_bits(high)
+            top = (top.to(tl.int32) << shift.to(tl.int32))[:, None, :] >> (plane // 2 * 4 + 2 + plane % 2)
             codes |= (top & 1) << 2
         return tl.reshape(codes.to(DTYPE), (words.shape[0], 128)) - zero
     else:

@@ -1,4 +1,4 @@
-"""The kernels run on the GPU there is, or in Triton's interpreter, which must be asked for before Triton is imported."""
+"""The kernels run on the GPU there is, or in Triton's interpreter, to be asked for before Triton's import."""
 
 from __future__ import annotations
 

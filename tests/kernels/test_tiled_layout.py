@@ -7,10 +7,10 @@ from itertools import product
 
 import pytest
 import torch
+from support.projections import Shape, make
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.tiled_layout import NO_ROW, TiledLayout
-from support.projections import Shape, make
 
 
 def assert_same(restored: GptqTensors, stored: GptqTensors) -> None:
@@ -101,6 +101,11 @@ def test_group_sizes_without_a_kernel_become_padded_units():
     packed = layout.pack(make(shape))
     assert layout.group(packed["scales"].shape[0]) == 16
     assert (packed["order"] != NO_ROW).sum() == 256  # 240, and the 16 that fill the last block of 32
+
+
+def test_outputs_are_padded_to_what_one_program_computes():
+    shape = Shape(n=136)
+    assert TiledLayout(shape.spec()).pack(make(shape))["codes"].shape[0] == 4
 
 
 def test_three_bit_codes_take_three_bits():

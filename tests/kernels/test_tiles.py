@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from graftq.quant_linear.tiled_layout import PADDED_N
 from graftq.quant_linear.tiles import FUSED_TOKENS, Device, choose
 
 H100 = Device("cuda", 90, 132)
@@ -15,11 +16,12 @@ OTHERS = [Device("cuda", 80, 108), Device("hip", 0, 304), Device("xpu", 0, 64)]
 @pytest.mark.parametrize("device", [H100, *OTHERS], ids=str)
 def test_every_tile_can_be_launched(device: Device):
     for bits, group, n, k, m in product(
-        (2, 3, 4, 8), (0, 16, 128), (8, 4096, 28672, 152064), (128, 384, 4096, 14336), (1, 2, 16, 17, 64, 65, 256, 768)
+        (2, 3, 4, 8), (0, 16, 128), (8, 4096, 28672, 152064), (128, 384, 4096, 14336), (1, 2, 16, 17, 64, 65, 256, 1024)
     ):
         tile = choose(device, bits, group, n, k, m)
         assert tile is not None
         assert tile.rows % 64 == 0
+        assert PADDED_N % tile.rows == 0
         assert tile.tokens == 1 or tile.tokens >= 16
         assert k // 128 % tile.unroll == 0
         assert 1 <= tile.splits <= k // 128

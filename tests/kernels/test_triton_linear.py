@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from support.projections import Shape, expected, make, relative_error
 
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.triton_provider import TritonProvider
-from support.projections import Shape, expected, make, relative_error
 
 # Triton's interpreter turns one-element arrays into numbers, which numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -51,12 +50,12 @@ GRID = [
 @DTYPES
 @pytest.mark.parametrize("shape", GRID, ids=str)
 def test_grid(shape: Shape, dtype: torch.dtype, device: str):
-    for m in (1, 3, 20, 50, 100, 800) if FULL else (1, 3):
+    for m in (1, 3, 20, 50, 100, 1100) if FULL else (1, 3):
         check(shape, torch.randn(m, shape.k, device=device).to(dtype))
 
 
 @DTYPES
-@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 17, 64, 65, 129, 300, 769, 16384] if FULL else [0, 1, 17, 65, 130])
+@pytest.mark.parametrize("m", [0, 1, 2, 15, 16, 17, 64, 65, 129, 300, 1025, 16384] if FULL else [0, 1, 17, 65, 130])
 def test_tokens(m: int, dtype: torch.dtype, device: str):
     shape = Shape(k=512, n=192, act_order=True, bias=True)
     out, reference = run(shape, torch.randn(m, 512, device=device).to(dtype))
@@ -71,8 +70,9 @@ def test_the_tile_for_many_tokens_and_outputs(group: int, gpu: str):
 
 @pytest.mark.parametrize("n", [8, 24, 64, 136, 4104 if FULL else 72])
 @pytest.mark.parametrize("m", [1, 5])
-def test_any_multiple_of_eight_outputs(n: int, m: int, device: str):
-    check(Shape(n=n, sym=False, bias=True), torch.randn(m, 256, device=device).half())
+@pytest.mark.parametrize("bits", [2, 4])  # at one token, a program computes 128 or 64 outputs
+def test_any_multiple_of_eight_outputs(bits: int, n: int, m: int, device: str):
+    check(Shape(bits=bits, n=n, sym=False, bias=True), torch.randn(m, 256, device=device).half())
 
 
 @pytest.mark.parametrize("k", [32, 128, 160, 992, 4128 if FULL else 288])
@@ -103,7 +103,7 @@ def test_all_codes_equal(bits: int, end: str, device: str):
 def test_zero_points_from_nought_to_beyond_the_codes(bits: int, offset: int, device: str):
     shape = Shape(bits=bits, sym=False, zero_offset=offset)
     spec, stored = shape.spec(), make(shape, device=device)
-    stored = replace(stored, qzeros=torch.where(torch.arange(2, device=device)[:, None] == 0, 0, -1).int() + 0 * stored.qzeros)
+    stored.qzeros[0], stored.qzeros[1] = 0, -1  # all bits clear, all bits set
     provider = TritonProvider()
     for m in (1, 5):
         x = torch.randn(m, 256, device=device).half()
@@ -150,6 +150,7 @@ def test_gradient_to_the_activations(act_order: bool, device: str):
     assert relative_error(x.grad, grad.double() @ dequantize(stored, spec).double()) < LIMIT[x.dtype]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
 def test_compiles_to_one_graph(gpu: str):
     shape = Shape(k=512, n=256, act_order=True)
     spec, stored = shape.spec(), make(shape, device=gpu)
@@ -161,7 +162,7 @@ def test_compiles_to_one_graph(gpu: str):
         assert relative_error(compiled(x), expected(x * 2, stored, spec) + 1) < LIMIT[x.dtype]
 
 
-@pytest.mark.parametrize("m", [1, 16, 100, 1000])
+@pytest.mark.parametrize("m", [1, 16, 100, 1500])
 def test_graph_capture_and_repeatable_bits(m: int, gpu: str):
     shape = Shape(k=4096, n=1024, act_order=True)
     spec, stored = shape.spec(), make(shape, device=gpu)
@@ -179,12 +180,13 @@ def test_graph_capture_and_repeatable_bits(m: int, gpu: str):
     assert relative_error(eager, expected(x, stored, spec)) < LIMIT[x.dtype]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_host_synchronisation(gpu: str):
     shape = Shape(k=512, n=256, act_order=True)
     spec, stored = shape.spec(), make(shape, device=gpu)
     provider = TritonProvider()
     packed = provider.layout(spec).pack(stored)
-    inputs = [torch.randn(m, 512, device=gpu).half() for m in (1, 5, 1000)]
+    inputs = [torch.randn(m, 512, device=gpu).half() for m in (1, 5, 1500)]
     for x in inputs:
         provider.linear(x, packed, spec)  # compiles, and sets up the counters
     torch.cuda.set_sync_debug_mode("error")
