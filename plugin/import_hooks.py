@@ -125,11 +125,15 @@ class Finder:
         return True
 
     def _announce(self, root: str) -> None:
-        # `vars`, because a lazy module's __getattr__ may import, or raise, anything
-        version = vars(sys.modules[root]).get("__version__", "") if root in sys.modules else ""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:  # the metadata's: the module may not be so far yet, and its __getattr__ may import, or raise, anything
+            found = version(root)
+        except PackageNotFoundError:
+            found = "of unknown version"
         places = ", ".join(sorted(self.taken[root]))
         logger.info(
-            "graftq took over GPTQ loading in %s %s (%s); GRAFTQ_DISABLE=1 switches it off", root, version, places
+            "graftq took over GPTQ loading in %s %s (%s); GRAFTQ_DISABLE=1 switches it off", root, found, places
         )
 
 

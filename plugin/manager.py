@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 ADAPTERS = "graftq.adapters"
 KERNELS = "graftq.kernels"
+logger = logging.getLogger("graftq")
+
+_reported: set[tuple[str, str]] = set()
+"""Slow fallbacks that have been reported: device type and reasons."""
+
 PROVIDER_MEMBERS = ("name", "priority", "judge", "layout", "linear")
 
 
@@ -83,7 +89,30 @@ def choose_kernel(request: Request) -> Selection:
     """
     from graftq.quant_linear.selection import select
 
-    return select(request, kernel_providers(), os.environ.get("GRAFTQ_KERNEL") or None)
+    forced = os.environ.get("GRAFTQ_KERNEL") or None
+    selection = select(request, kernel_providers(), forced)
+    if selection.provider.priority == 0 and forced is None:
+        _report_slow(selection, request.device)
+    return selection
+
+
+def _report_slow(selection: Selection, device: str) -> None:
+    """Say once for each reason that layers run on the reference; a warning where there is an accelerator."""
+    from graftq.quant_linear.selection import Rejected
+
+    refusals = [(name, verdict) for name, verdict in selection.verdicts.items() if isinstance(verdict, Rejected)]
+    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in refusals) or "there is no other kernel"
+    if (device, reasons) in _reported:
+        return
+    _reported.add((device, reasons))
+    remedies = ", or ".join(verdict.remedy for _, verdict in refusals if verdict.remedy)
+    logger.log(
+        logging.INFO if device == "cpu" else logging.WARNING,
+        "graftq: layers on %s run on the slow reference, which unpacks the weights at every call (%s).%s",
+        device,
+        reasons,
+        f" Remedy: {remedies}." if remedies else "",
+    )
 
 
 def _call_each(hook: str, **arguments: object) -> list[tuple[str, Any]]:

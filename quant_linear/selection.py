@@ -38,9 +38,15 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The provider does not run this request."""
+    """The provider does not run this request.
+
+    Attributes:
+        reason: Why not.
+        remedy: What a user could do about it, if anything.
+    """
 
     reason: str
+    remedy: str = ""
 
 
 Verdict = Accepted | Rejected
@@ -111,4 +117,6 @@ def _judge(provider: KernelProvider, request: Request) -> Verdict:
         repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), CheckpointLayout)
     except Exception as error:  # somebody else's provider: it loses the layer, the host keeps its model
         return Rejected(f"its own failure: {type(error).__name__}: {error}")
-    return Rejected("it repacks the weights, and these are offloaded") if request.pinned and repacks else verdict
+    if request.pinned and repacks:
+        return Rejected("it repacks the weights, and these are offloaded", "keep the layer on one device")
+    return verdict

@@ -24,9 +24,10 @@ class TritonProvider:
         if request.device not in ("cuda", "xpu"):
             return Rejected(f"no Triton kernels for device type {request.device}")
         if importlib.util.find_spec("triton") is None:
-            return Rejected("triton is not installed")
+            return Rejected("triton is not installed", "install it: pip install triton")
         if request.dtype not in (torch.float16, torch.bfloat16):
-            return Rejected(f"{request.dtype} activations; the kernels compute in float16 and bfloat16")
+            reason = f"{request.dtype} activations; the kernels compute in float16 and bfloat16"
+            return Rejected(reason, "load the model with dtype=torch.float16 or torch.bfloat16")
         return Accepted()
 
     def layout(self, spec: QuantSpec) -> TiledLayout:

@@ -172,11 +172,7 @@ class GptqHfQuantizer(HfQuantizer):
         raise CheckpointError(f"no tensor in the checkpoint for this weight{hint}", file=file, module=name)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for name, parameter in model.named_parameters():
-            # transformers 5.16 leaves renamed tensors in the file's dtype; packed ones are meant to be.
-            wanted = self._dtypes.get(name, parameter.dtype)
-            if parameter.dtype != wanted and not parameter.is_meta:
-                parameter.data = parameter.data.to(wanted)
+        self._restore_dtypes(model)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.requires_grad_(False)
@@ -185,6 +181,16 @@ class GptqHfQuantizer(HfQuantizer):
                     module.bind(next(module.parameters()).device.type, model.dtype)
         self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
+
+    def _restore_dtypes(self, model: Any) -> None:
+        """Cast what is not in the dtype of the skeleton: transformers 5.16 leaves renamed tensors in the file's.
+
+        Offloaded weights are cast when they are brought in, to the dtype of what stands in for them.
+        """
+        for name, parameter in model.named_parameters():
+            wanted = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
 
     def is_serializable(self) -> bool:
         """Not yet: transformers refuses ``save_pretrained`` for these models."""
