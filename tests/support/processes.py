@@ -99,15 +99,19 @@ def unpack_wheel(wheel: Path, target: Path) -> Path:
 def make_venv(folder: Path, *installed: str) -> Path:
     """A fresh virtual environment with the arguments of ``pip install`` given, and this one's packages to borrow.
 
-    A path in a ``.pth`` file lends packages, but neither that directory's ``.pth`` files nor, therefore, its
-    editable installs.
+    All but graftq, that is, however it is installed here.
 
     Returns:
         Its interpreter.
     """
     venv.create(folder, with_pip=False, symlinks=os.name == "posix")
     inside = {"base": str(folder), "platbase": str(folder)}
-    Path(sysconfig.get_path("purelib", vars=inside), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "graftq" not in entry.name and entry.suffix != ".pth":
+            (borrowed / entry.name).symlink_to(entry)
+    Path(sysconfig.get_path("purelib", vars=inside), "borrowed.pth").write_text(f"{borrowed}\n")
     python = Path(sysconfig.get_path("scripts", vars=inside), "python")
     options = ["-q", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed"]
     run("-m", "pip", "--python", str(python), "install", *options, *installed)
