@@ -63,3 +63,19 @@ def test_base_model_without_its_head(tmp_path: Path) -> None:
     whole = assert_right(checkpoint)
     base = AutoModel.from_pretrained(checkpoint, dtype=whole.dtype)
     assert base.layers[0].mlp.up_proj.qweight.equal(whole.model.layers[0].mlp.up_proj.qweight)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "experts", "layers.1."], ids=["attention", "experts", "one layer"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_partly_quantised(name: str, part: str, tmp_path: Path) -> None:
+    overrides = {True: Recipe(), False: None}
+    assert_right(write_pair(tmp_path, tiny(name), Recipe(), overrides=lambda module: overrides[part in module]))
+
+
+def test_a_new_head_may_be_initialised(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    checkpoint = write_pair(tmp_path, tiny("llama"), Recipe())
+    model, info = AutoModelForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    assert not model.model.layers[0].mlp.up_proj.qweight.is_meta
