@@ -95,6 +95,11 @@ def make_plan(model: nn.Module, index: CheckpointIndex, config: QuantConfig, con
             plan.unplaced.append(stored)
             continue
         target, container = place
+        if target in plan.projections:
+            twin = plan.projections[target].stored
+            raise CheckpointError(
+                f"this and {twin} are both {target}", file=next(iter(infos.values())).file, module=stored
+            )
         k, n, has_bias = finder.features(target, container)
         spec = spec_from_headers(stored, infos, config.for_module(stored), k, n, has_bias)
         plan.projections[target] = Projection(stored, target, container, infos, spec)

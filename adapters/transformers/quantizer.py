@@ -178,7 +178,7 @@ class GptqHfQuantizer(HfQuantizer):
                 module.requires_grad_(False)
                 module.pinned = any(tensor.is_meta for tensor in module.parameters())
                 if not module.pinned:
-                    module.bind(next(module.parameters()).device.type, model.dtype)
+                    module.bind(next(module.parameters()).device.type, model.config.dtype)
         self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
 
@@ -187,9 +187,12 @@ class GptqHfQuantizer(HfQuantizer):
 
         Offloaded weights are cast when they are brought in, to the dtype of what stands in for them.
         """
+        kept = model._get_dtype_plan(model.config.dtype)  # what a model keeps in float32, whatever its dtype
         for name, parameter in model.named_parameters():
             wanted = self._dtypes.get(name, parameter.dtype)
-            if parameter.dtype != wanted:
+            for pattern, dtype in kept.items():
+                wanted = dtype if re.search(pattern.replace("*", ".*"), name) else wanted
+            if parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
     def is_serializable(self) -> bool:

@@ -40,12 +40,12 @@ def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
         if projection.container:
             continue
         if isinstance(model.get_submodule(target), (nn.Linear, Conv1D)):
-            model.set_submodule(target, _linear(projection, model.dtype))
+            model.set_submodule(target, _linear(projection, model.config.dtype))
             model.all_tied_weights_keys.pop(f"{target}.weight", None)
         else:
             dense[target] = projection
     for container, found in plan.containers().items():
-        model.set_submodule(container, _experts(model.get_submodule(container), found, model.dtype))
+        model.set_submodule(container, _experts(model.get_submodule(container), found, model.config.dtype))
     if ignored := [projection.target for projection in plan.projections.values() if _has_idle_bias(projection)]:
         # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
         patterns = {_any_layer(target, model.base_model_prefix) + r"\.bias$" for target in ignored}

@@ -194,3 +194,14 @@ def test_a_state_dict_instead_of_files(copy: Copy) -> None:
     config = AutoConfig.from_pretrained(copy("llama"))
     with pytest.raises(CheckpointError, match="loaded from files"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
+
+
+def test_two_modules_of_the_files_are_one_of_the_model(copy: Copy) -> None:
+    def double(state: State) -> None:
+        old, new = "block_sparse_moe.experts.2.w1.", "mlp.experts.2.gate_proj."
+        state.update({name.replace(old, new): tensor.clone() for name, tensor in state.items() if old in name})
+
+    checkpoint = copy("mixtral")
+    edit(checkpoint, double)
+    with pytest.raises(CheckpointError, match=r"this and .* are both model\.layers\.0\.mlp\.experts\.2\.gate_proj"):
+        load(checkpoint)

@@ -132,3 +132,16 @@ def test_quantised_head_of_a_model_with_tied_embeddings(tmp_path: Path) -> None:
     config = checkpoint / "config.json"
     config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     assert isinstance(assert_right(checkpoint).lm_head, QuantLinear)
+
+
+def test_what_a_model_keeps_in_float32(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import MixtralPreTrainedModel
+
+    monkeypatch.setattr(MixtralPreTrainedModel, "_keep_in_fp32_modules_strict", {"input_layernorm"})
+    model, twin = (
+        load(path, dtype=torch.bfloat16) for path in (originals["mixtral"], originals["mixtral"].parent / "float")
+    )
+    expected = {name: parameter.dtype for name, parameter in twin.named_parameters()}
+    found = {name: parameter.dtype for name, parameter in model.named_parameters() if name in expected}
+    assert found == {name: expected[name] for name in found}
+    assert set(found.values()) == {torch.float32, torch.bfloat16}
