@@ -31,11 +31,11 @@ def verdicts(spec: QuantSpec, dtype: str) -> dict[str, str]:
 
 def kernel(spec: QuantSpec, dtype: str) -> str:
     """Name of the kernel for a layer, or why there is none."""
-    from graftq.plugin.manager import choose_kernel
+    from graftq.plugin.manager import find_kernel
     from graftq.quant_linear.selection import NoKernelError
 
     try:
-        return choose_kernel(_request(spec, dtype)).provider.name
+        return find_kernel(_request(spec, dtype)).provider.name
     except NoKernelError as error:
         return f"none: {error}"
 

@@ -81,7 +81,7 @@ def kernel_providers() -> tuple[KernelProvider, ...]:
     return tuple(found)
 
 
-def choose_kernel(request: Request) -> Selection:
+def find_kernel(request: Request) -> Selection:
     """Select among all providers, obeying ``GRAFTQ_KERNEL``.
 
     Raises:
@@ -89,11 +89,19 @@ def choose_kernel(request: Request) -> Selection:
     """
     from graftq.quant_linear.selection import select
 
-    forced = os.environ.get("GRAFTQ_KERNEL") or None
-    selection = select(request, kernel_providers(), forced)
-    if selection.provider.priority == 0 and forced is None:
+    return select(request, kernel_providers(), _forced())
+
+
+def choose_kernel(request: Request) -> Selection:
+    """:func:`find_kernel` for a layer that is going to run: a slow fallback is reported."""
+    selection = find_kernel(request)
+    if selection.provider.priority == 0 and _forced() is None:
         _report_slow(selection, request.device)
     return selection
+
+
+def _forced() -> str | None:
+    return os.environ.get("GRAFTQ_KERNEL") or None
 
 
 def _report_slow(selection: Selection, device: str) -> None:

@@ -168,10 +168,21 @@ def _back_to_back(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, i
     return spans
 
 
-def _read_pickle_header(file: str) -> Iterator[TensorInfo]:
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """torch's dtypes by the names that :class:`TensorInfo` gives to those of packed tensors."""
     import torch
 
-    names = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    return {
+        "I32": torch.int32,
+        "I64": torch.int64,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+    }
+
+
+def _read_pickle_header(file: str) -> Iterator[TensorInfo]:
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
     for name, tensor in _load_pickle(file).items():
         yield TensorInfo(name, file, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), tensor.nbytes)
 

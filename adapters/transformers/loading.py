@@ -82,7 +82,9 @@ class Loading:
             return None  # transformers says what it looked for
         if self.arguments.get("use_safetensors") is not False:
             raise weights.pickle_refused(self.source, pickles[0])
-        return self.source.fetch(weights.the_only(self.source, pickles) or pickles[0])
+        name = weights.the_only(self.source, pickles)
+        assert name is not None  # there are pickles
+        return self.source.fetch(name)
 
     def open_index(self, files: Sequence[str], metadata: Mapping[str, Any] | None) -> None:
         """Read the headers of the resolved files.

@@ -136,8 +136,9 @@ class GptqHfQuantizer(HfQuantizer):
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
         ignored = model._keys_to_ignore_on_load_missing or ()
+        essential = _essential_prefixes(model)
         for name in sorted(missing):
-            if _is_essential(model, name) and not any(re.search(pattern, name) for pattern in ignored):
+            if name.startswith(essential) and not any(re.search(pattern, name) for pattern in ignored):
                 self._refuse(name)
         return missing
 
@@ -205,8 +206,10 @@ class GptqHfQuantizer(HfQuantizer):
         return False
 
 
-def _is_essential(model: Any, name: str) -> bool:
-    """Whether a parameter belongs to the base model or its output embedding, and not to a head to be trained."""
+def _essential_prefixes(model: Any) -> tuple[str, ...]:
+    """What the names of the base model's and its output embedding's parameters begin with; a new head's do not."""
+    if model.base_model is model:
+        return ("",)
     output = model.get_output_embeddings()
-    heads = [other for other, module in model.named_modules() if module is output and output is not None]
-    return model.base_model is model or name.startswith(tuple(f"{part}." for part in (model.base_model_prefix, *heads)))
+    heads = [name for name, module in model.named_modules() if module is output and output is not None]
+    return tuple(f"{part}." for part in (model.base_model_prefix, *heads))

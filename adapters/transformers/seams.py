@@ -10,8 +10,6 @@ from typing import Any
 from graftq.adapters.transformers import loading
 from graftq.plugin.patching import replace_attribute, replace_item
 
-RESOLVER = "_get_resolved_checkpoint_files"
-
 
 def patch_quantizers(module: ModuleType) -> None:
     """Put graftq's quantiser and configuration class in the place of the stock ones for "gptq"."""
@@ -23,12 +21,15 @@ def patch_quantizers(module: ModuleType) -> None:
 
 def patch_modeling(module: ModuleType) -> None:
     """Let ``from_pretrained`` see ``quantize_config.json``, and weight files under AutoGPTQ's names."""
-    seams = (module.PreTrainedModel, "from_pretrained"), (module, "get_hf_quantizer"), (module, RESOLVER)
-    if missing := [name for owner, name in seams if name not in vars(owner)]:
+    seams = (
+        (module.PreTrainedModel, "from_pretrained", _remember_source),
+        (module, "get_hf_quantizer", _read_configuration),
+        (module, "_get_resolved_checkpoint_files", _resolve_files),
+    )
+    if missing := [name for owner, name, _ in seams if name not in vars(owner)]:
         raise AttributeError(f"{module.__name__} has no {' and '.join(missing)} any more")  # rather none than some
-    replace_attribute(module.PreTrainedModel, "from_pretrained", _remember_source)
-    replace_attribute(module, "get_hf_quantizer", _read_configuration)
-    replace_attribute(module, RESOLVER, _resolve_files)
+    for owner, name, make in seams:
+        replace_attribute(owner, name, make)
 
 
 def _remember_source(original: Any) -> Any:

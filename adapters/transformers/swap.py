@@ -13,19 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from graftq.adapters.transformers.plan import Plan, Projection
 from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.checkpoint import torch_dtypes
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
-
-DTYPES = {
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 
 
 def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
@@ -54,7 +47,8 @@ def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
 
 
 def _linear(projection: Projection, dtype: torch.dtype) -> QuantLinear:
-    dtypes = {suffix: DTYPES[info.dtype] for suffix, info in projection.infos.items()}
+    known = torch_dtypes()
+    dtypes = {suffix: known[info.dtype] for suffix, info in projection.infos.items()}
     if not projection.spec.has_bias:
         dtypes.pop("bias", None)
     return QuantLinear(projection.spec, choose_kernel, dtypes, dtype, device="meta")

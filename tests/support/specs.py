@@ -6,18 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from graftq.quant_linear.checkpoint import TensorInfo
+from graftq.quant_linear.checkpoint import TensorInfo, torch_dtypes
 from graftq.quant_linear.checks import Declared, check_values, spec_from_headers
 from graftq.quant_linear.spec import QuantSpec
 from support.gptq import Recipe
 
-NAMES = {
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
+NAMES = {dtype: name for name, dtype in torch_dtypes().items()}
 
 
 def declared_by(recipe: Recipe) -> Declared:

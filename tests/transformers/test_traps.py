@@ -242,3 +242,12 @@ def test_fp16_overflow_needs_bf16(copy: Copy) -> None:
     model = load(checkpoint, dtype=torch.bfloat16)
     with torch.no_grad():
         assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_pickles_may_hold_wide_g_idx(copy: Copy) -> None:
+    checkpoint = copy("llama")
+    state = load_file(checkpoint / "model.safetensors")
+    wide = {name: tensor.long() if name.endswith(".g_idx") else tensor for name, tensor in state.items()}
+    torch.save(wide, checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    assert_right(checkpoint, use_safetensors=False)
