@@ -15,16 +15,23 @@ import pluggy
 from graftq.plugin import faults, hookspecs
 
 if TYPE_CHECKING:
-    from graftq.quant_linear.selection import KernelProvider, Request, Selection
+    from graftq.quant_linear.selection import (
+        ExpertsProvider,
+        ExpertsRequest,
+        KernelProvider,
+        P,
+        Request,
+        Selection,
+    )
 
 ADAPTERS = "graftq.adapters"
 KERNELS = "graftq.kernels"
 logger = logging.getLogger("graftq")
 
-_reported: set[tuple[str, str]] = set()
-"""Slow fallbacks that have been reported: device type and reasons."""
+_reported: set[str] = set()
+"""Slow fallbacks that have been reported, with device and reasons."""
 
-PROVIDER_MEMBERS = ("name", "priority", "judge", "layout", "linear")
+PROVIDER_MEMBERS = ("name", "priority", "judge", "layout")
 
 
 @lru_cache(maxsize=1)
@@ -65,23 +72,33 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
 @lru_cache(maxsize=1)
 def kernel_providers() -> tuple[KernelProvider, ...]:
     """Every registered kernel provider; imports torch."""
+    return tuple(_providers("graftq_kernels", "linear"))
+
+
+@lru_cache(maxsize=1)
+def experts_providers() -> tuple[ExpertsProvider, ...]:
+    """Every registered provider of kernels for experts; imports torch."""
+    return tuple(_providers("graftq_experts_kernels", "experts"))
+
+
+def _providers(hook: str, does: str) -> list[Any]:
     register(KERNELS)
-    found: list[KernelProvider] = []
-    for label, answer in _call_each("graftq_kernels"):
+    found: list[Any] = []
+    for label, answer in _call_each(hook):
         try:
             providers = list(answer)
         except Exception as error:
             faults.record(label, error)
             continue
         for provider in providers:
-            if all(hasattr(provider, member) for member in PROVIDER_MEMBERS):
+            if all(hasattr(provider, member) for member in (*PROVIDER_MEMBERS, does)):
                 found.append(provider)
             else:
-                faults.record(label, TypeError(f"graftq_kernels returned {provider!r}, not a kernel provider"))
-    return tuple(found)
+                faults.record(label, TypeError(f"{hook} returned {provider!r}, not a kernel provider"))
+    return found
 
 
-def find_kernel(request: Request) -> Selection:
+def find_kernel(request: Request) -> Selection[KernelProvider]:
     """Select among all providers, obeying ``GRAFTQ_KERNEL``.
 
     Raises:
@@ -92,11 +109,30 @@ def find_kernel(request: Request) -> Selection:
     return select(request, kernel_providers(), _forced())
 
 
-def choose_kernel(request: Request) -> Selection:
+def choose_kernel(request: Request) -> Selection[KernelProvider]:
     """:func:`find_kernel` for a layer that is going to run: a slow fallback is reported."""
     selection = find_kernel(request)
     if selection.provider.priority == 0 and _forced() is None:
-        _report_slow(selection, request.device)
+        _report_slow(
+            selection, request.device, "layers on %s run on the slow reference, which unpacks the weights at every call"
+        )
+    return selection
+
+
+def choose_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
+    """Select a kernel for all experts of a layer that is going to run; a slow fallback is reported.
+
+    A kernel forced by ``GRAFTQ_KERNEL`` that has no form for these experts still runs their projections, one by one.
+    """
+    from graftq.quant_linear.selection import Accepted, select
+
+    selection = select(request, experts_providers())
+    forced = _forced()
+    if forced is not None:
+        usable = isinstance(selection.verdicts.get(forced), Accepted)
+        selection = select(request, experts_providers(), forced if usable else "torch")
+    if selection.provider.priority == 0 and forced != "torch":
+        _report_slow(selection, request.device, "experts on %s run one by one")
     return selection
 
 
@@ -104,23 +140,19 @@ def _forced() -> str | None:
     return os.environ.get("GRAFTQ_KERNEL") or None
 
 
-def _report_slow(selection: Selection, device: str) -> None:
-    """Say once for each reason that layers run on the reference; a warning where there is an accelerator."""
+def _report_slow(selection: Selection[P], device: str, what: str) -> None:
+    """Say once for each reason that something runs slowly; a warning where there is an accelerator."""
     from graftq.quant_linear.selection import Rejected
 
     refusals = [(name, verdict) for name, verdict in selection.verdicts.items() if isinstance(verdict, Rejected)]
     reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in refusals) or "there is no other kernel"
-    if (device, reasons) in _reported:
+    said = f"{what % device} ({reasons})"
+    if said in _reported:
         return
-    _reported.add((device, reasons))
+    _reported.add(said)
     remedies = ", or ".join(verdict.remedy for _, verdict in refusals if verdict.remedy)
-    logger.log(
-        logging.INFO if device == "cpu" else logging.WARNING,
-        "graftq: layers on %s run on the slow reference, which unpacks the weights at every call (%s).%s",
-        device,
-        reasons,
-        f" Remedy: {remedies}." if remedies else "",
-    )
+    level = logging.INFO if device == "cpu" else logging.WARNING
+    logger.log(level, "graftq: %s.%s", said, f" Remedy: {remedies}." if remedies else "")
 
 
 def _call_each(hook: str, **arguments: object) -> list[tuple[str, Any]]:

@@ -1,16 +1,22 @@
-"""The experts of a mixture-of-experts layer, each projection packed on its own."""
+"""The experts of a mixture-of-experts layer, packed: loaded projection by projection, run all at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from graftq.quant_linear.activations import Activate, recognise
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Selection
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+ChooseExperts = Callable[[ExpertsRequest], Selection[ExpertsProvider]]
+"""How experts find their kernel, e.g. ``graftq.plugin.manager.choose_experts_kernel``."""
 
 
 class QuantExpert(nn.Module):
@@ -29,20 +35,25 @@ class QuantExperts(nn.Module):
     (``is_concatenated``), interleaved, or up values alone. Experts may differ from each other, and an
     expert's projections among themselves, in bits, group and act-order.
 
+    The experts are modules under their numbers, with the checkpoint's names and shapes, until a kernel that
+    wants them in another layout is bound; then the tensors of that layout are this module's own.
+
     Args:
         experts: One per expert, in order.
+        choose: Finds the kernel for a request.
         activate: From ``up``'s output [tokens, 2 * intermediate] (or [tokens, intermediate]) to
             ``down``'s input [tokens, intermediate]: gating and activation together.
         is_concatenated: Whether ``activate`` expects ``[gate; up]`` rather than gate and up interleaved.
-        up_bias: [num_experts, ...] added to ``up``'s output, where the model keeps biases apart.
-        down_bias: [num_experts, hidden] added to ``down``'s output, likewise.
+        up_bias: Name and [num_experts, ...], added to ``up``'s output, where the model keeps biases apart.
+        down_bias: Name and [num_experts, hidden], added to ``down``'s output, likewise.
         post_expert_norm: Applied to each expert's output before it is weighted.
     """
 
     def __init__(
         self,
         experts: list[QuantExpert],
-        activate: Activation,
+        choose: ChooseExperts,
+        activate: Activate,
         is_concatenated: bool = True,
         up_bias: tuple[str, nn.Parameter] | None = None,
         down_bias: tuple[str, nn.Parameter] | None = None,
@@ -50,8 +61,9 @@ class QuantExperts(nn.Module):
     ):
         super().__init__()
         self.num_experts = len(experts)
-        self.is_concatenated = is_concatenated
         self.activate = activate
+        self.pinned = False
+        self._choose = choose
         self._bias_names = [None if bias is None else bias[0] for bias in (up_bias, down_bias)]
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
@@ -59,6 +71,34 @@ class QuantExperts(nn.Module):
             if bias is not None:
                 self.register_parameter(*bias)
         self.post_expert_norm = post_expert_norm
+        projections: Any = {
+            name: [getattr(expert, name) for expert in experts] for name, _ in experts[0].named_children()
+        }
+        is_gated = len(projections) == 3 or "gate_up_proj" in projections
+        self.spec = ExpertsSpec(
+            projections=tuple((name, tuple(layer.spec for layer in layers)) for name, layers in projections.items()),
+            activation=recognise(activate, is_gated, is_concatenated),
+            is_concatenated=is_concatenated,
+            has_up_bias=up_bias is not None,
+            has_down_bias=down_bias is not None,
+            has_norm=post_expert_norm is not None,
+        )
+        self.layout: ExpertsLayout = SeparateLayout(self.spec)
+        self._choose_linear = projections["down_proj"][0].choose
+        self.dtype = projections["down_proj"][0].dtype
+        self._packed_names: tuple[str, ...] = ()
+        self._provider: ExpertsProvider | None = None
+        self._bound_to: tuple[str, torch.dtype] | None = None
+
+    @property
+    def up_bias(self) -> torch.Tensor | None:
+        """The layer's own bias for gate and up, [num_experts, width], if it has one."""
+        return None if self._bias_names[0] is None else getattr(self, self._bias_names[0])
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        """The layer's own bias for down, [num_experts, hidden], if it has one."""
+        return None if self._bias_names[1] is None else getattr(self, self._bias_names[1])
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -73,29 +113,80 @@ class QuantExperts(nn.Module):
         Returns:
             [tokens, hidden] in the dtype of ``hidden_states``; the sum is taken in float32.
         """
-        total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for index in torch.unique(top_k_index).tolist():
-            if index < self.num_experts:
-                token, slot = torch.where(top_k_index == index)
-                output = self._run(index, hidden_states[token]) * top_k_weights[token, slot, None]
-                total.index_add_(0, token, output.to(torch.float32))
-        return total.to(hidden_states.dtype)
+        if self._bound_to != (hidden_states.device.type, hidden_states.dtype):
+            self.bind(hidden_states.device.type, hidden_states.dtype)
+        assert self._provider is not None
+        return self._provider.experts(self, hidden_states, top_k_index, top_k_weights)
 
-    def _run(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        expert: Any = self.get_submodule(str(index))
-        up_bias, down_bias = (None if name is None else getattr(self, name)[index] for name in self._bias_names)
-        hidden = _add(self._up(expert, x), up_bias)
-        output = _add(expert.down_proj(self.activate(hidden)), down_bias)
-        return output if self.post_expert_norm is None else self.post_expert_norm(output)
+    def bind(self, device: str, dtype: torch.dtype) -> None:
+        """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.
 
-    def _up(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
-        if hasattr(expert, "gate_up_proj"):
-            return expert.gate_up_proj(x)
-        if not hasattr(expert, "gate_proj"):
-            return expert.up_proj(x)
-        gate, up = expert.gate_proj(x), expert.up_proj(x)
-        return torch.cat((gate, up), dim=-1) if self.is_concatenated else torch.stack((gate, up), dim=-1).flatten(-2)
+        Raises:
+            graftq.quant_linear.selection.NoKernelError: if no kernel runs these experts.
+        """
+        provider = self._choose(ExpertsRequest(self.spec, device, dtype, pinned=self.pinned)).provider
+        layout = provider.layout(self.spec)
+        if layout != self.layout:
+            self._repack(layout)
+        self._provider = provider
+        self._bound_to = (device, dtype)
+        if isinstance(layout, SeparateLayout):
+            for child in self.modules():
+                if isinstance(child, QuantLinear):
+                    child.pinned = self.pinned
+                    child.bind(device, dtype)
 
+    def _repack(self, layout: ExpertsLayout) -> None:
+        """Move the tensors from the current layout into another, expert by expert."""
+        take: Callable[[str, int], GptqTensors]
+        if isinstance(self.layout, SeparateLayout):
+            take = self._release
+        else:
+            take = partial(self.layout.unpack, self.packed())
+            for name in self._packed_names:
+                delattr(self, name)
+        if isinstance(layout, SeparateLayout):
+            self._packed_names = ()
+            for expert in range(self.num_experts):
+                self.add_module(str(expert), self._separate(take, expert))
+        else:
+            packed = layout.pack(take)
+            if isinstance(self.layout, SeparateLayout):
+                for expert in range(self.num_experts):
+                    delattr(self, str(expert))
+            for name, tensor in packed.items():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self._packed_names = tuple(packed)
+        self.layout = layout
 
-def _add(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x if bias is None else x + bias.to(x.dtype)
+    def _release(self, name: str, expert: int) -> GptqTensors:
+        return self._child(name, expert).release()
+
+    def _child(self, name: str, expert: int) -> QuantLinear:
+        child = self.get_submodule(f"{expert}.{name}")
+        assert isinstance(child, QuantLinear)
+        return child
+
+    def _separate(self, take: Callable[[str, int], GptqTensors], expert: int) -> QuantExpert:
+        return QuantExpert(
+            {
+                name: QuantLinear.from_tensors(specs[expert], take(name, expert), self._choose_linear, self.dtype)
+                for name, specs in self.spec.projections
+            }
+        )
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """This module's own packed tensors, in the current layout; empty while each projection is a layer."""
+        return {name: getattr(self, name) for name in self._packed_names}
+
+    def checkpoint_tensors(self, name: str, expert: int) -> GptqTensors:
+        """One projection exactly as the checkpoint stores it, whatever the layout is now."""
+        if isinstance(self.layout, SeparateLayout):
+            return self._child(name, expert).checkpoint_tensors()
+        return self.layout.unpack(self.packed(), name, expert)
+
+    def extra_repr(self) -> str:
+        """The experts in short."""
+        bits = sorted({spec.bits for _, specs in self.spec.projections for spec in specs})
+        kernel = f", kernel={self._provider.name}" if self._provider else ""
+        return f"{self.num_experts} x {' + '.join(self.spec.names)}, bits={'/'.join(map(str, bits))}{kernel}"

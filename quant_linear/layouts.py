@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -49,3 +50,41 @@ class CheckpointLayout:
     def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
         """Return the same tensors."""
         return GptqTensors(**packed)
+
+
+class ExpertsLayout(Protocol):
+    """How a kernel wants the experts of a layer. Bit for bit invertible, like :class:`Layout`."""
+
+    @property
+    def spec(self) -> ExpertsSpec:
+        """The experts."""
+
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+        """Rearrange checkpoint tensors, once, at load. The names become parameters of the experts module.
+
+        Args:
+            take: From a projection's name and an expert's number to its tensors. To be called once for each; what it
+                gives is nobody else's any more, so that dropping it frees the memory.
+        """
+
+    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+        """Restore the checkpoint tensors of one projection of one expert."""
+
+
+@dataclass(frozen=True)
+class SeparateLayout:
+    """Every projection of every expert is a layer of its own, and has its own layout: nothing to do here."""
+
+    spec: ExpertsSpec
+
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+        """Nothing: the tensors stay in the layers."""
+        return {}
+
+    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+        """Not to be asked: the layers have the tensors."""
+        raise LookupError(f"{expert}.{name} is a layer of its own")
+
+
+AS_STORED = (CheckpointLayout, SeparateLayout)
+"""Layouts that leave the checkpoint's tensors what they are, so that offloading can bring them in."""

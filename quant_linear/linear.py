@@ -12,7 +12,7 @@ from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
-Choose = Callable[[Request], Selection]
+Choose = Callable[[Request], Selection[KernelProvider]]
 """How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""
 
 
@@ -45,13 +45,20 @@ class QuantLinear(nn.Module):
         self.layout: Layout = CheckpointLayout(spec)
         self.dtype = dtype
         self.pinned = False
-        self._choose = choose
+        self.choose = choose
         self._provider: KernelProvider | None = None
         self._bound_to: tuple[str, torch.dtype] | None = None
         for name, shape in _shapes(spec).items():
             if name in dtypes:
                 empty = torch.empty(shape, dtype=dtypes[name], device=device)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    @classmethod
+    def from_tensors(cls, spec: QuantSpec, tensors: GptqTensors, choose: Choose, dtype: torch.dtype) -> QuantLinear:
+        """A layer around tensors as a checkpoint stores them; nothing is copied."""
+        layer = cls(spec, choose, {}, dtype)
+        layer._hold(layer.layout.pack(tensors))
+        return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
@@ -69,14 +76,10 @@ class QuantLinear(nn.Module):
         Raises:
             graftq.quant_linear.selection.NoKernelError: if no kernel runs this layer.
         """
-        provider = self._choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
+        provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
-            stored = self.checkpoint_tensors()
-            for name in list(self._parameters):
-                delattr(self, name)
-            for name, tensor in layout.pack(stored).items():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self._hold(layout.pack(self.release()))
             self.layout = layout
         self._provider = provider
         self._bound_to = (device, dtype)
@@ -88,6 +91,17 @@ class QuantLinear(nn.Module):
     def checkpoint_tensors(self) -> GptqTensors:
         """The tensors exactly as the checkpoint stores them, whatever the layout is now."""
         return self.layout.unpack(self.packed())
+
+    def release(self) -> GptqTensors:
+        """Give the checkpoint tensors away: the layer has none afterwards."""
+        stored = self.checkpoint_tensors()
+        for name in list(self._parameters):
+            delattr(self, name)
+        return stored
+
+    def _hold(self, packed: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in packed.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def weight(self) -> torch.Tensor:

@@ -1,15 +1,25 @@
-"""The ``torch`` provider: any device, any dtype, any configuration, and the truth the others are held to."""
+"""The ``torch`` providers: any device, any dtype, any configuration, and the truth the others are held to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pluggy
 import torch
 
-from graftq.quant_linear.layouts import CheckpointLayout, Layout
+from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.layouts import CheckpointLayout, Layout, SeparateLayout
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.selection import Accepted, KernelProvider, Request, Verdict
+from graftq.quant_linear.selection import (
+    Accepted,
+    ExpertsProvider,
+    ExpertsRequest,
+    KernelProvider,
+    Request,
+    Verdict,
+)
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -34,7 +44,60 @@ class TorchProvider:
         return torch.nn.functional.linear(x, dequantize(tensors, spec).to(x.dtype), bias)
 
 
+class TorchExperts:
+    """Expert by expert, each projection by whichever kernel its own layer has chosen."""
+
+    name = "torch"
+    priority = 0
+
+    def judge(self, request: ExpertsRequest) -> Verdict:
+        """Accept everything."""
+        return Accepted()
+
+    def layout(self, spec: ExpertsSpec) -> SeparateLayout:
+        """A layer per projection, as loaded."""
+        return SeparateLayout(spec)
+
+    def experts(
+        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Shapes as in :meth:`QuantExperts.forward`. Waits for the device, to learn which experts have tokens."""
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for index in torch.unique(top_k_index).tolist():
+            if index < module.num_experts:
+                token, slot = torch.where(top_k_index == index)
+                output = _run_expert(module, index, x[token]) * top_k_weights[token, slot, None]
+                total.index_add_(0, token, output.to(torch.float32))
+        return total.to(x.dtype)
+
+
+def _run_expert(module: QuantExperts, index: int, x: torch.Tensor) -> torch.Tensor:
+    expert: Any = module.get_submodule(str(index))
+    hidden = _add(_up(expert, x, module.spec.is_concatenated), module.up_bias, index)
+    output = _add(expert.down_proj(module.activate(hidden)), module.down_bias, index)
+    return output if module.post_expert_norm is None else module.post_expert_norm(output)
+
+
+def _up(expert: Any, x: torch.Tensor, is_concatenated: bool) -> torch.Tensor:
+    if hasattr(expert, "gate_up_proj"):
+        return expert.gate_up_proj(x)
+    if not hasattr(expert, "gate_proj"):
+        return expert.up_proj(x)
+    gate, up = expert.gate_proj(x), expert.up_proj(x)
+    return torch.cat((gate, up), dim=-1) if is_concatenated else torch.stack((gate, up), dim=-1).flatten(-2)
+
+
+def _add(x: torch.Tensor, bias: torch.Tensor | None, index: int) -> torch.Tensor:
+    return x if bias is None else x + bias[index].to(x.dtype)
+
+
 @pluggy.HookimplMarker("graftq")
 def graftq_kernels() -> Iterable[KernelProvider]:
     """Register the reference."""
     return [TorchProvider()]
+
+
+@pluggy.HookimplMarker("graftq")
+def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
+    """Register the reference."""
+    return [TorchExperts()]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
-    from graftq.quant_linear.layouts import Layout
+    from graftq.quant_linear.experts import QuantExperts
+    from graftq.quant_linear.experts_spec import ExpertsSpec
+    from graftq.quant_linear.layouts import ExpertsLayout, Layout
     from graftq.quant_linear.spec import QuantSpec
 
 
@@ -26,6 +28,16 @@ class Request:
     """
 
     spec: QuantSpec
+    device: str
+    dtype: torch.dtype
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsRequest:
+    """What the experts of a layer ask for, all together; attributes as in :class:`Request`."""
+
+    spec: ExpertsSpec
     device: str
     dtype: torch.dtype
     pinned: bool = False
@@ -73,11 +85,37 @@ class KernelProvider(Protocol):
         """``x @ W.T + bias`` for ``x`` of shape [..., in_features]; returns [..., out_features]."""
 
 
+class ExpertsProvider(Protocol):
+    """Kernels for all experts of a layer at once; the object that ``graftq_experts_kernels`` hooks return.
+
+    Attributes:
+        name: As for :class:`KernelProvider`; the same name where the same package provides both.
+        priority: Likewise.
+    """
+
+    name: str
+    priority: int
+
+    def judge(self, request: ExpertsRequest) -> Verdict:
+        """Say whether this provider runs ``request``, and if not, why."""
+
+    def layout(self, spec: ExpertsSpec) -> ExpertsLayout:
+        """The arrangement of the weights that :meth:`experts` reads."""
+
+    def experts(
+        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What ``module.forward`` is to return; ``module.packed()`` has the weights in :meth:`layout`."""
+
+
+P = TypeVar("P", KernelProvider, ExpertsProvider)
+
+
 @dataclass(frozen=True)
-class Selection:
+class Selection(Generic[P]):
     """The outcome for one request: the provider, and what every provider said."""
 
-    provider: KernelProvider
+    provider: P
     verdicts: Mapping[str, Verdict]
 
 
@@ -85,11 +123,11 @@ class NoKernelError(RuntimeError):
     """No provider, or not the forced one, runs a request."""
 
 
-def select(request: Request, providers: Iterable[KernelProvider], forced: str | None = None) -> Selection:
+def select(request: Request | ExpertsRequest, providers: Iterable[P], forced: str | None = None) -> Selection[P]:
     """Choose the accepted provider of highest priority; ties go to the alphabetically first name.
 
     Args:
-        request: The layer's wish.
+        request: The layer's wish, or that of a layer's experts.
         providers: All registered providers.
         forced: The only provider allowed (``GRAFTQ_KERNEL``), or None.
 
@@ -109,12 +147,12 @@ def select(request: Request, providers: Iterable[KernelProvider], forced: str | 
     raise NoKernelError(f"{prefix} for {request.spec} on {request.device} in {request.dtype}: {said}")
 
 
-def _judge(provider: KernelProvider, request: Request) -> Verdict:
-    from graftq.quant_linear.layouts import CheckpointLayout
+def _judge(provider: KernelProvider | ExpertsProvider, request: Request | ExpertsRequest) -> Verdict:
+    from graftq.quant_linear.layouts import AS_STORED
 
     try:
-        verdict = provider.judge(request)
-        repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), CheckpointLayout)
+        verdict = provider.judge(request)  # type: ignore[arg-type] # requests and providers are of one kind
+        repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), AS_STORED)  # type: ignore[arg-type]
     except Exception as error:  # somebody else's provider: it loses the layer, the host keeps its model
         return Rejected(f"its own failure: {type(error).__name__}: {error}")
     if request.pinned and repacks:

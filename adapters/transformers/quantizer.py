@@ -17,6 +17,7 @@ from graftq.adapters.transformers.swap import Dequantize, swap_modules
 from graftq.plugin.config import QuantConfig
 from graftq.quant_linear.checkpoint import CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 
 
@@ -174,12 +175,7 @@ class GptqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._restore_dtypes(model)
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                module.requires_grad_(False)
-                module.pinned = any(tensor.is_meta for tensor in module.parameters())
-                if not module.pinned:
-                    module.bind(next(module.parameters()).device.type, model.config.dtype)
+        _bind(model, model.config.dtype)
         self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
 
@@ -204,6 +200,22 @@ class GptqHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Not yet."""
         return False
+
+
+def _bind(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Choose kernels for packed layers and experts; those with offloaded weights keep the checkpoint's layout."""
+    for child in module.children():
+        if not isinstance(child, (QuantLinear, QuantExperts)):
+            _bind(child, dtype)
+            continue
+        packed = [
+            tensor for layer in child.modules() if isinstance(layer, QuantLinear) for tensor in layer.parameters()
+        ]
+        for tensor in packed:
+            tensor.requires_grad_(False)
+        child.pinned = any(tensor.is_meta for tensor in packed)
+        if not child.pinned:
+            child.bind(packed[0].device.type, dtype)
 
 
 def _essential_prefixes(model: Any) -> tuple[str, ...]:

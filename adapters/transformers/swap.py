@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
 from graftq.adapters.transformers.plan import Plan, Projection
-from graftq.plugin.manager import choose_kernel
+from graftq.plugin.manager import choose_experts_kernel, choose_kernel
 from graftq.quant_linear.checkpoint import torch_dtypes
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -73,6 +73,7 @@ def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) ->
         stock._parameters.pop(name, None)
     return QuantExperts(
         [QuantExpert(projections[str(number)]) for number in range(stock.num_experts)],
+        choose_experts_kernel,
         activate=stock._apply_gate if gated else stock.act_fn,
         is_concatenated=stock.is_concatenated,
         post_expert_norm=stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None,

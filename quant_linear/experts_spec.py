@@ -1,0 +1,63 @@
+"""What the experts of one layer are: a frozen value that fused kernels are chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from graftq.quant_linear.activations import Activation
+from graftq.quant_linear.spec import QuantSpec
+
+PROJECTIONS = ("gate_proj", "gate_up_proj", "up_proj", "down_proj")
+"""The names that an expert's projections may have, in order."""
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """All projections of the experts of one mixture-of-experts layer.
+
+    Attributes:
+        projections: Name and one spec per expert, in order. The names are ``gate_proj, up_proj, down_proj``,
+            ``gate_up_proj, down_proj`` (gate and up in one) or ``up_proj, down_proj`` (no gate).
+        activation: The function between up and down; None for one that has no name here.
+        is_concatenated: Whether the activation's input is ``[gate; up]`` rather than gate and up interleaved.
+        has_up_bias: Whether the layer adds a bias of its own, [num_experts, width], to gate and up.
+        has_down_bias: Likewise, [num_experts, hidden], to down.
+        has_norm: Whether each expert's output goes through a norm before it is weighted.
+    """
+
+    projections: tuple[tuple[str, tuple[QuantSpec, ...]], ...]
+    activation: Activation | None
+    is_concatenated: bool = True
+    has_up_bias: bool = False
+    has_down_bias: bool = False
+    has_norm: bool = False
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+        return len(self.projections[0][1])
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there are gate values."""
+        return self.names != ("up_proj", "down_proj")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The projections' names."""
+        return tuple(name for name, _ in self.projections)
+
+    def of(self, name: str) -> tuple[QuantSpec, ...]:
+        """The specs of one projection, one per expert."""
+        return dict(self.projections)[name]
+
+    def families(self) -> Mapping[str, frozenset[tuple[int, int, int, int, int]]]:
+        """How far experts differ, by projection: (bits, K, N, group_size, num_groups) as found among them.
+
+        A fused kernel wants one of each; permutations, symmetry and zero offsets are easier to let differ.
+        """
+        return {
+            name: frozenset((s.bits, s.in_features, s.out_features, s.group_size, s.num_groups) for s in specs)
+            for name, specs in self.projections
+        }

@@ -1,0 +1,75 @@
+"""Parts of a projection, for tensor parallelism and for layers that hold several projections in one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
+from graftq.quant_linear.spec import QuantSpec
+
+
+def shard_outputs(tensors: GptqTensors, spec: QuantSpec, start: int, stop: int) -> tuple[GptqTensors, QuantSpec]:
+    """The projection of output rows ``start`` to ``stop`` (column parallel).
+
+    Returns:
+        New tensors (``qzeros`` repacked, since a cut may fall inside a word) and their spec.
+
+    Raises:
+        ValueError: for a range outside ``out_features``.
+    """
+    if not 0 <= start < stop <= spec.out_features:
+        raise ValueError(f"outputs {start}:{stop} of {spec.out_features}")
+    zeros = unpack_codes(tensors.qzeros.T, spec.bits, spec.out_features)[start:stop]
+    part = GptqTensors(
+        tensors.qweight[:, start:stop].contiguous(),
+        pack_codes(zeros, spec.bits).T.contiguous(),
+        tensors.scales[:, start:stop].contiguous(),
+        tensors.g_idx,
+        None if tensors.bias is None else tensors.bias[start:stop].contiguous(),
+    )
+    width = stop - start
+    return part, replace(spec, out_features=width, padded_out=width, stored_bias=width if spec.has_bias else 0)
+
+
+def shard_inputs(
+    tensors: GptqTensors, spec: QuantSpec, start: int, stop: int, keep_bias: bool
+) -> tuple[GptqTensors, QuantSpec]:
+    """The projection of input rows ``start`` to ``stop`` (row parallel); the parts' products sum up to the whole's.
+
+    With act-order, or where a cut falls inside a group, the part keeps all scales and refers to them by a
+    ``g_idx`` of its own; otherwise it keeps the scales of its groups.
+
+    Args:
+        tensors: The whole projection.
+        spec: Its description.
+        start: First input row.
+        stop: Beyond the last.
+        keep_bias: Whether this part adds the bias; one of the parts should.
+
+    Raises:
+        ValueError: for a range outside ``in_features``.
+    """
+    if not 0 <= start < stop <= spec.in_features:
+        raise ValueError(f"inputs {start}:{stop} of {spec.in_features}")
+    width = stop - start
+    if start * spec.bits % 32 == 0 and stop * spec.bits % 32 == 0:
+        qweight = tensors.qweight[start * spec.bits // 32 : stop * spec.bits // 32].contiguous()
+    else:
+        qweight = pack_codes(unpack_codes(tensors.qweight, spec.bits, spec.in_features)[start:stop], spec.bits)
+    bias = tensors.bias if keep_bias else None
+    part = replace(spec, in_features=width, padded_in=width, stored_bias=spec.stored_bias if keep_bias else 0)
+    group_size = spec.group_size
+    if spec.num_groups == 1:
+        part = replace(part, group_size=width, stored_g_idx=0)
+        return GptqTensors(qweight, tensors.qzeros, tensors.scales, None, bias), part
+    if not spec.desc_act and start % group_size == 0 and (stop % group_size == 0 or stop == spec.in_features):
+        groups = slice(start // group_size, -(-stop // group_size))
+        scales, qzeros = tensors.scales[groups].contiguous(), tensors.qzeros[groups].contiguous()
+        part = replace(part, num_groups=len(scales), group_size=min(group_size, width), stored_g_idx=0)
+        return GptqTensors(qweight, qzeros, scales, None, bias), part
+    g_idx = tensors.g_idx if spec.desc_act else sequential_g_idx(spec, tensors.qweight.device)
+    if g_idx is None:
+        raise ValueError("act-order needs g_idx")
+    part = replace(part, desc_act=True, stored_g_idx=width)
+    return GptqTensors(qweight, tensors.qzeros, tensors.scales, g_idx[start:stop].contiguous(), bias), part
