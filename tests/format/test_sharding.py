@@ -1,0 +1,67 @@
+"""Parts of a projection stand for the parts of its weight."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from support.gptq import Recipe, quantize
+from support.specs import spec_of
+
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.packing import dequantize
+from graftq.quant_linear.sharding import shard_inputs, shard_outputs
+from graftq.quant_linear.spec import QuantSpec
+
+RECIPES = [
+    Recipe(bits, group_size, desc_act, sym)
+    for bits in (2, 3, 4, 8)
+    for group_size, desc_act, sym in ((32, True, False), (32, False, True), (48, False, False), (-1, True, False))
+]
+
+
+def projection(recipe: Recipe, n: int = 40, k: int = 192) -> tuple[GptqTensors, QuantSpec, torch.Tensor]:
+    tensors, weight = quantize(torch.randn(n, k), recipe, np.random.default_rng())
+    tensors["bias"] = torch.randn(n)
+    return GptqTensors(**tensors), spec_of(tensors, recipe, k, n, has_bias=True), weight
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_outputs(recipe: Recipe) -> None:
+    whole, spec, weight = projection(recipe)
+    for start, stop in pairwise((0, 3, 16, 40)):
+        part, own = shard_outputs(whole, spec, start, stop)
+        assert (own.in_features, own.out_features) == (192, stop - start)
+        assert dequantize(part, own).equal(weight[start:stop])
+        assert whole.bias is not None
+        assert part.bias is not None
+        assert part.bias.equal(whole.bias[start:stop])
+
+
+@pytest.mark.parametrize("cuts", [(0, 64, 192), (0, 96, 192), (0, 5, 101, 192)], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_inputs(recipe: Recipe, cuts: tuple[int, ...]) -> None:
+    whole, spec, weight = projection(recipe)
+    for start, stop in pairwise(cuts):
+        part, own = shard_inputs(whole, spec, start, stop, keep_bias=start == 0)
+        assert (own.in_features, own.out_features) == (stop - start, 40)
+        assert part.qweight.shape == (own.packed_rows, 40)
+        assert dequantize(part, own).equal(weight[:, start:stop])
+        assert own.has_bias == (part.bias is not None) == (start == 0)
+
+
+def test_groups_that_are_cut_through_keep_their_scales() -> None:
+    whole, spec, _ = projection(Recipe(group_size=64, desc_act=False))
+    assert shard_inputs(whole, spec, 64, 192, keep_bias=False)[1].num_groups == 2
+    assert shard_inputs(whole, spec, 32, 192, keep_bias=False)[1].num_groups == 3
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 4), (4, 4), (0, 1000)])
+def test_ranges_outside(start: int, stop: int) -> None:
+    whole, spec, _ = projection(Recipe())
+    with pytest.raises(ValueError, match="outputs"):
+        shard_outputs(whole, spec, start, stop)
+    with pytest.raises(ValueError, match="inputs"):
+        shard_inputs(whole, spec, start, stop, keep_bias=True)
