@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graftq.quant_linear.activations import Activate, recognise
-from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
 from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Selection
@@ -72,7 +72,7 @@ class QuantExperts(nn.Module):
                 self.register_parameter(*bias)
         self.post_expert_norm = post_expert_norm
         projections: Any = {
-            name: [getattr(expert, name) for expert in experts] for name, _ in experts[0].named_children()
+            name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS if hasattr(experts[0], name)
         }
         is_gated = len(projections) == 3 or "gate_up_proj" in projections
         self.spec = ExpertsSpec(
