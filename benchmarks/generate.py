@@ -1,0 +1,258 @@
+"""Tokens per second out of plain ``from_pretrained`` and ``generate``: loading, prefill, decoding, a step in parts.
+
+    python benchmarks/mixtral_writer.py FOLDER --branch gptq-4bit-128g-actorder_True
+    python benchmarks/generate.py FOLDER [--batches 1 4 8 32] [--modes eager static] [--csv FILE] [--plot FILE]
+
+A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose) could be read at
+the bandwidth measured in the same run, over the time it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+from graftq.quant_linear.experts import QuantExperts
+
+PROMPT = 128
+LONG_PROMPT = 3696
+CATEGORIES = {
+    "experts": ("expert",),
+    "packed layers": ("matrix_kernel", "vector_kernel", "gather_kernel", "dequantize_kernel"),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "matmul": ("gemm", "gemv", "cutlass", "cublas", "splitk"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+"""What a kernel's name contains, by what the kernel belongs to; all others are norms, rotary, router and the like."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Decoding at one batch size: ``ms`` a step, tokens a second, distinct experts per layer and step."""
+
+    mode: str
+    batch: int
+    ms: float
+    tokens_per_second: float
+    distinct_experts: float
+    fraction: float
+    first_token_ms: float
+    compile_seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
+    parser.add_argument("--modes", nargs="+", default=["eager", "static"], choices=["eager", "static", "continuous"])
+    parser.add_argument("--new-tokens", type=int, default=129)
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--long-prompt", type=int, default=LONG_PROMPT)
+    parser.add_argument("--csv", help="write every row there")
+    parser.add_argument("--plot", help="write a plot there")
+    options = parser.parse_args()
+
+    print(f"{_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}")
+    model = _load(options.folder)
+    bandwidth = read_bandwidth()
+    print(f"read bandwidth: {bandwidth / 1e9:.0f} GB/s")
+    for length in (options.prompt, options.long_prompt):
+        seconds = _median(lambda length=length: _generate(model, _prompts(model, 1, length), 1))
+        print(f"prefill of {length} tokens: {seconds * 1e3:.1f} ms, {length / seconds:.0f} tokens/s")
+    rows = []
+    for mode in options.modes:
+        for batch in options.batches:
+            rows.append(_decode(model, mode, batch, options.prompt, options.new_tokens, bandwidth))
+            print(_line(rows[-1]), flush=True)
+        if mode != "continuous":
+            print(_breakdown(model, mode, options.prompt))
+    if options.csv:
+        with open(options.csv, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    if options.plot:
+        _plot(rows, options.plot)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _timed(call: Callable[[], object]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _median(call: Callable[[], object]) -> float:
+    call()
+    return statistics.median(_timed(call) for _ in range(3))
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a sum over memory that no cache holds."""
+    size = 2**30 if torch.cuda.is_available() else 2**27
+    data = torch.ones(size, device="cuda" if torch.cuda.is_available() else "cpu")
+    return data.nbytes / min(_timed(data.sum) for _ in range(10))
+
+
+def _resident_peak() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def _load(folder: Path) -> Any:
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    before = _resident_peak()
+    loaded: list[Any] = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = _timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
+    model = loaded[0]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    print(f"loaded {sum(files) / 1e9:.2f} GB in {seconds:.1f} s: {sum(files) / 1e9 / seconds:.2f} GB/s")
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        print(f"GPU memory: peak {peak / 1e9:.2f} GB, {peak / held:.3f} of the {held / 1e9:.2f} GB held")
+    growth = _resident_peak() - before
+    print(f"host memory: peak +{growth / 1e9:.2f} GB; the largest file has {max(files) / 1e9:.2f} GB")
+    return model
+
+
+def _prompts(model: Any, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
+
+
+def _generate(model: Any, inputs: torch.Tensor, count: int, mode: str = "eager") -> object:
+    arguments: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    arguments["pad_token_id"] = 0
+    if mode == "continuous":
+        config = transformers.GenerationConfig(eos_token_id=-1, **arguments)
+        return model.generate_batch(inputs=inputs.tolist(), generation_config=config)
+    if mode == "static":
+        arguments["cache_implementation"] = "static"
+    return model.generate(inputs, attention_mask=torch.ones_like(inputs), **arguments)
+
+
+def _decode(model: Any, mode: str, batch: int, length: int, count: int, bandwidth: float) -> Row:
+    inputs = _prompts(model, batch, length)
+    # The static cache's length belongs to the compiled graph: both measurements must ask for the same.
+    first_call = _timed(lambda: _generate(model, inputs, count, mode))
+    graphs = counters["stats"]["unique_graphs"]
+    whole = _median(lambda: _generate(model, inputs, count, mode))
+    first = _median(lambda: _generate(model, inputs, 1, mode))
+    if mode == "static":
+        new, breaks = counters["stats"]["unique_graphs"] - graphs, sum(counters["graph_break"].values())
+        print(f"  static, batch {batch}: {new} recompilations after warm-up, {breaks} graph breaks")
+    step = (whole - first) / (count - 1)
+    distinct = _distinct_experts(model, inputs)
+    needed = _step_bytes(model, distinct)
+    return Row(
+        mode, batch, step * 1e3, batch / step, distinct, needed / bandwidth / step, first * 1e3, first_call - whole
+    )
+
+
+def _distinct_experts(model: Any, inputs: torch.Tensor, steps: int = 8) -> float:
+    """Mean over layers and decoding steps."""
+    found: list[int] = []
+
+    def count(module: QuantExperts, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) == len(inputs):  # a step, not the prompt
+            found.append(len(torch.unique(arguments[1])))
+
+    hooks = [module.register_forward_pre_hook(count) for module in _experts(model)]
+    _generate(model, inputs, steps)
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(found) if found else 0.0
+
+
+def _experts(model: Any) -> list[QuantExperts]:
+    return [module for module in model.modules() if isinstance(module, QuantExperts)]
+
+
+def _step_bytes(model: Any, distinct: float) -> float:
+    """Bytes of the weights that one step reads: the embedding's rows are nothing beside them."""
+    total = sum(parameter.nbytes for parameter in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    for experts in _experts(model):
+        held = sum(parameter.nbytes for parameter in experts.parameters())
+        total -= held * (1 - distinct / experts.num_experts)
+    return total
+
+
+def _breakdown(model: Any, mode: str, length: int, steps: int = 16) -> str:
+    """Device time of a decoding step at batch 1 by kind of kernel, from a profile of ``steps`` steps."""
+    if not torch.cuda.is_available():
+        return "  (a breakdown needs a GPU)"
+    inputs = _prompts(model, 1, length)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+
+    def profile(count: int) -> tuple[dict[str, float], int, int]:
+        _generate(model, inputs, count, mode)
+        with torch.profiler.profile(activities=activities) as profiler:
+            _generate(model, inputs, count, mode)
+            _synchronize()
+        times: dict[str, float] = dict.fromkeys((*CATEGORIES, "other"), 0.0)
+        kernels = replays = 0
+        for event in profiler.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                kernels += 1
+                times[_category(event.name)] += event.self_device_time_total
+            replays += event.name == "cudaGraphLaunch"
+        return times, kernels, replays
+
+    (short, few, _), (long, many, replays) = profile(1), profile(1 + steps)
+    parts = ", ".join(f"{name} {(long[name] - short[name]) / steps:.0f}" for name in long)
+    count = (many - few) / steps
+    return f"  {mode}, batch 1, us a step on the device: {parts}; {count:.0f} kernels, {replays} graph launches in all"
+
+
+def _category(name: str) -> str:
+    lowered = name.lower()
+    return next((kind for kind, parts in CATEGORIES.items() if any(part in lowered for part in parts)), "other")
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.mode}, batch {row.batch}: {row.ms:.2f} ms a step, {row.tokens_per_second:.1f} tokens/s, "
+        f"{row.fraction:.2f} of the roof, {row.distinct_experts:.1f} experts a layer; "
+        f"first token {row.first_token_ms:.0f} ms, first call {row.compile_seconds:+.1f} s"
+    )
+
+
+def _plot(rows: list[Row], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for mode in dict.fromkeys(row.mode for row in rows):
+        mine = [row for row in rows if row.mode == mode]
+        axis.loglog([row.batch for row in mine], [row.tokens_per_second for row in mine], "o-", label=mode)
+    for name, figures in json.loads(Path(__file__).with_name("recorded_engine.json").read_text()).items():
+        axis.loglog([int(batch) for batch in figures], list(figures.values()), ":", label=f"{name} (recorded)")
+    axis.set(xlabel="batch", ylabel="tokens/s")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
