@@ -65,7 +65,7 @@ class QuantConfig:
             _check_rule(pattern, overrides, source)
         stems = [raw.get(key) for key in ("model_file_base_name", "model_basename")]
         group_size = -1 if declared.group_size is None else declared.group_size
-        stems.append(f"gptq_model-{declared.bits}bit-{group_size}g")
+        stems.append(autogptq_stem(declared.bits, group_size))
         return cls(declared, dynamic, tuple(dict.fromkeys(str(stem) for stem in stems if stem)), source)
 
     @property
@@ -89,6 +89,11 @@ class QuantConfig:
             sym=overrides.get("sym", base.sym),
             zero_offset=base.zero_offset,
         )
+
+
+def autogptq_stem(bits: int, group_size: int) -> str:
+    """What AutoGPTQ calls a weight file, without ending."""
+    return f"gptq_model-{bits}bit-{group_size}g"
 
 
 def parse_json(text: str, source: str) -> dict[str, Any]:

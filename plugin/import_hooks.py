@@ -7,6 +7,7 @@ is, and only the modules that an adapter names are ever looked up twice.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from graftq.plugin import faults
+from graftq.plugin import bootstrap, faults
 
 logger = logging.getLogger("graftq")
 
@@ -149,6 +150,26 @@ def install() -> Finder:
         found = Finder()
         sys.meta_path.insert(0, found)
     return found
+
+
+def require(*modules: str) -> None:
+    """Import modules of a framework, and make sure that they are taken over.
+
+    For adapters whose own functions load through that framework.
+
+    Raises:
+        RuntimeError: if they are not, with the reason.
+    """
+    if bootstrap.disabled():
+        raise RuntimeError(f"{bootstrap.SWITCH} is set, which switches graftq off")
+    found = install()
+    for name in modules:
+        importlib.import_module(name)
+        root = name.partition(".")[0]
+        found.open(root)
+        if name not in found.taken[root]:
+            why = "; ".join(f"{what}: {reason}" for what, reason in faults.recorded.items())
+            raise RuntimeError(f"graftq could not take over {name} ({why or 'no adapter knows it'})")
 
 
 def uninstall() -> None:

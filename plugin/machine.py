@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from graftq.quant_linear.selection import Request
+    from graftq.quant_linear.experts_spec import ExpertsSpec
+    from graftq.quant_linear.selection import ExpertsRequest, Request
     from graftq.quant_linear.spec import QuantSpec
 
 
@@ -17,32 +18,41 @@ def device() -> str:
     return found.type if found is not None else "cpu"
 
 
-def verdicts(spec: QuantSpec, dtype: str) -> dict[str, str]:
+def verdicts(spec: QuantSpec | ExpertsSpec, dtype: str) -> dict[str, str]:
     """Every provider's name to "accepted" or its reason to refuse, in the order of preference."""
-    from graftq.plugin.manager import kernel_providers
-    from graftq.quant_linear.selection import Rejected, select
+    from graftq.plugin.manager import experts_providers, kernel_providers
+    from graftq.quant_linear.selection import ExpertsRequest, Rejected, select
 
-    said = select(_request(spec, dtype), kernel_providers()).verdicts
+    request = _request(spec, dtype)
+    if isinstance(request, ExpertsRequest):
+        said = select(request, experts_providers()).verdicts
+    else:
+        said = select(request, kernel_providers()).verdicts
     return {
         name: f"refused: {verdict.reason}" if isinstance(verdict, Rejected) else "accepted"
         for name, verdict in said.items()
     }
 
 
-def kernel(spec: QuantSpec, dtype: str) -> str:
-    """Name of the kernel for a layer, or why there is none."""
-    from graftq.plugin.manager import find_kernel
-    from graftq.quant_linear.selection import NoKernelError
+def kernel(spec: QuantSpec | ExpertsSpec, dtype: str) -> str:
+    """Name of the kernel for a layer or a layer's experts, or why there is none."""
+    from graftq.plugin.manager import find_experts_kernel, find_kernel
+    from graftq.quant_linear.selection import ExpertsRequest, NoKernelError
 
+    request = _request(spec, dtype)
     try:
-        return find_kernel(_request(spec, dtype)).provider.name
+        found = find_experts_kernel(request) if isinstance(request, ExpertsRequest) else find_kernel(request)
     except NoKernelError as error:
         return f"none: {error}"
+    return found.provider.name
 
 
-def _request(spec: QuantSpec, dtype: str) -> Request:
+def _request(spec: QuantSpec | ExpertsSpec, dtype: str) -> Request | ExpertsRequest:
     import torch
 
-    from graftq.quant_linear.selection import Request
+    from graftq.quant_linear.selection import ExpertsRequest, Request
+    from graftq.quant_linear.spec import QuantSpec
 
-    return Request(spec, device(), getattr(torch, dtype))
+    if isinstance(spec, QuantSpec):
+        return Request(spec, device(), getattr(torch, dtype))
+    return ExpertsRequest(spec, device(), getattr(torch, dtype))

@@ -119,19 +119,24 @@ def choose_kernel(request: Request) -> Selection[KernelProvider]:
     return selection
 
 
-def choose_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
-    """Select a kernel for all experts of a layer that is going to run; a slow fallback is reported.
+def find_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
+    """Select among all providers of kernels for experts, obeying ``GRAFTQ_KERNEL``.
 
-    A kernel forced by ``GRAFTQ_KERNEL`` that has no form for these experts still runs their projections, one by one.
+    A kernel forced there that has no form for these experts still runs their projections, one by one.
     """
     from graftq.quant_linear.selection import Accepted, select
 
-    selection = select(request, experts_providers())
-    forced = _forced()
-    if forced is not None:
-        usable = isinstance(selection.verdicts.get(forced), Accepted)
-        selection = select(request, experts_providers(), forced if usable else "torch")
-    if selection.provider.priority == 0 and forced != "torch":
+    free, forced = select(request, experts_providers()), _forced()
+    if forced is None:
+        return free
+    usable = isinstance(free.verdicts.get(forced), Accepted)
+    return select(request, experts_providers(), forced if usable else "torch")
+
+
+def choose_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
+    """:func:`find_experts_kernel` for a layer that is going to run: a slow fallback is reported."""
+    selection = find_experts_kernel(request)
+    if selection.provider.priority == 0 and _forced() != "torch":
         _report_slow(selection, request.device, "experts on %s run one by one")
     return selection
 

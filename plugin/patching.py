@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import Any
 
 _undo: list[Callable[[], None]] = []
@@ -24,6 +24,20 @@ def replace_item(mapping: MutableMapping[str, Any], key: str, make: Callable[[An
         return
     mapping[key] = _mark(make(original))
     _undo.append(lambda: mapping.__setitem__(key, original))
+
+
+def add_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set ``owner.name`` to ``value``, unless there is such an attribute."""
+    if name not in vars(owner):
+        setattr(owner, name, value)
+        _undo.append(lambda: delattr(owner, name))
+
+
+def append(sequence: MutableSequence[Any], item: Any) -> None:
+    """Append ``item`` to a sequence that others use too, unless it is there."""
+    if item not in sequence:
+        sequence.append(item)
+        _undo.append(lambda: sequence.remove(item))
 
 
 def undo_all() -> None:
