@@ -10,11 +10,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from graftq.quant_linear.checks import Declared
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import SUPPORTED_BITS
+
+if TYPE_CHECKING:
+    from graftq.plugin.source import Source
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
@@ -109,6 +113,26 @@ def parse_json(text: str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"holds a {type(value).__name__}, not an object", file=source)
     return value
+
+
+def read_declared(source: Source, name: str = QUANTIZE_CONFIG) -> tuple[dict[str, Any], str] | None:
+    """What a checkpoint says of itself, and in which file; None if it says nothing.
+
+    In AutoGPTQ's order: the file ``name``, then ``config.json``.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    for file in (name, "config.json"):
+        path = source.fetch(file)
+        if path is None:
+            continue
+        where = source.describe(file)
+        raw = parse_json(Path(path).read_text(encoding="utf-8"), where)
+        declared = raw if file == name else raw.get("quantization_config")
+        if declared is not None:
+            return declared, where
+    return None
 
 
 def _integer(raw: Mapping[str, Any], key: str, source: str, allowed: tuple[int, ...] | None = None) -> int | None:

@@ -31,7 +31,7 @@ DISTRIBUTIONS = (
     "text-generation-server",
 )
 TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-SWITCHES = (bootstrap.SWITCH, "GRAFTQ_KERNEL", TORCH_SWITCH)
+SWITCHES = (bootstrap.SWITCH, "GRAFTQ_KERNEL", "GRAFTQ_AUTO_GPTQ", TORCH_SWITCH)
 
 TYPICAL = QuantSpec(
     bits=4,
@@ -93,14 +93,17 @@ def _version(distribution: str) -> str:
 
 
 def _taken_over(root: str) -> str:
-    if importlib.util.find_spec(root) is None:
+    importlib.import_module("torch")
+    spec = importlib.util.find_spec(root)
+    if spec is None:
         return "not installed"
     if bootstrap.disabled():
         return f"nothing: {bootstrap.SWITCH} is set"
-    importlib.import_module("torch")
     finder = import_hooks.finder()
     if finder is None:
         return f"nothing: torch did not call graftq ({TORCH_SWITCH}=0?)"
+    if (spec.origin or "").startswith("graftq."):
+        return f"not installed; {spec.origin} stands in"
     try:
         importlib.import_module(root)
         for name in [name for name in finder.waiting if name.partition(".")[0] == root]:

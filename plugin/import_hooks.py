@@ -38,6 +38,7 @@ class Finder:
         self.roots: set[str] | None = None
         self.waiting: dict[str, list[Patch]] = {}
         self.taken: dict[str, list[str]] = {}
+        self._announced: set[str] = set()
         self._busy = threading.local()
 
     def find_spec(
@@ -114,7 +115,7 @@ class Finder:
             root = name.partition(".")[0]
             self.taken.setdefault(root, []).append(name)
             if not any(other.partition(".")[0] == root for other in self.waiting):
-                self._announce(root)
+                self.announce(root)
 
     def _patch(self, module: ModuleType, patch: Patch) -> bool:
         try:
@@ -125,7 +126,11 @@ class Finder:
             return False
         return True
 
-    def _announce(self, root: str) -> None:
+    def announce(self, root: str) -> None:
+        """Say once what was taken over; also for an adapter that knows that nothing more is coming."""
+        if root in self._announced or not self.taken.get(root):
+            return
+        self._announced.add(root)
         from importlib.metadata import PackageNotFoundError, version
 
         try:  # the metadata's: the module may not be so far yet, and its __getattr__ may import, or raise, anything

@@ -29,11 +29,13 @@ def find_safetensors(source: Source, config: QuantConfig) -> str | None:
 
 
 def find_pickles(source: Source, config: QuantConfig) -> list[str]:
-    """Names of the pickles that may hold the weights."""
-    if found := [name for name in _candidates(source) if name.endswith(PICKLE_ENDINGS)]:
-        return found
-    tried = [stem + ending for stem in ("pytorch_model", *_stems(source, config)) for ending in PICKLE_ENDINGS]
-    return [name for name in tried if source.has(name)]
+    """Names of the pickles that may hold the weights; the one that is named, if there is one."""
+    named = [stem + ending for stem in _stems(source, config) for ending in PICKLE_ENDINGS]
+    if found := next((name for name in named if source.has(name)), None):
+        return [found]
+    if candidates := [name for name in _candidates(source) if name.endswith(PICKLE_ENDINGS)]:
+        return candidates
+    return [name for name in (f"pytorch_model{ending}" for ending in PICKLE_ENDINGS) if source.has(name)]
 
 
 def pickle_refused(source: Source, name: str) -> CheckpointError:

@@ -23,6 +23,7 @@ def test_all_is_well() -> None:
     assert lines[lines.index("Switches") + 1 : lines.index("Taken over")] == [
         "GRAFTQ_DISABLE not set",
         "GRAFTQ_KERNEL not set",
+        "GRAFTQ_AUTO_GPTQ not set",
         "TORCH_DEVICE_BACKEND_AUTOLOAD not set",
     ]
 

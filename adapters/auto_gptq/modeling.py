@@ -1,0 +1,232 @@
+"""``from_quantized``, and the object that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from graftq.adapters.auto_gptq.options import sort_out
+from graftq.adapters.auto_gptq.quantize_config import BaseQuantizeConfig
+from graftq.plugin import import_hooks
+from graftq.plugin.config import autogptq_stem, read_declared
+from graftq.plugin.source import HUB_ARGUMENTS, Source
+from graftq.quant_linear.checkpoint import PICKLE_ENDINGS
+
+QUANTISERS = "GPTQModel (`pip install gptqmodel`) or llm-compressor"
+
+
+class BaseGPTQForCausalLM(nn.Module):
+    """A model of transformers, with the few attributes that AutoGPTQ added; any other is the model's own.
+
+    Attributes:
+        model: The model.
+        config: Its configuration.
+        quantize_config: The checkpoint's quantisation parameters.
+        quantized: True.
+    """
+
+    quantized = True
+
+    def __init__(self, model: Any, quantize_config: BaseQuantizeConfig):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.model_type: str = model.config.model_type
+        self.quantize_config = quantize_config
+
+    @classmethod
+    def from_quantized(
+        cls,
+        model_name_or_path: str | Path,
+        device_map: str | dict[str, Any] | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        device: str | int | torch.device | None = None,
+        *,
+        quantize_config: BaseQuantizeConfig | Mapping[str, Any] | None = None,
+        model_basename: str | None = None,
+        use_safetensors: bool = True,
+        trust_remote_code: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        checkpoint_format: str | None = None,
+        **options: Any,
+    ) -> BaseGPTQForCausalLM:
+        """Load a GPTQ checkpoint by transformers' ``from_pretrained``, with all of graftq's checks.
+
+        Args:
+            model_name_or_path: A folder, or a repository of the Hub.
+            device_map: As in transformers.
+            max_memory: As in transformers.
+            device: The one device for everything, if neither of these is given; without any, "auto".
+            quantize_config: The parameters, instead of those in the checkpoint.
+            model_basename: Name of the weight file without its ending, or of the index of its shards.
+            use_safetensors: False allows pickles, and prefers them to safetensors of the same name.
+            trust_remote_code: As in transformers.
+            torch_dtype: The model's dtype; float16 if not given.
+            checkpoint_format: The format, for a checkpoint that does not name it.
+            **options: See :mod:`graftq.adapters.auto_gptq.options`.
+
+        Raises:
+            FileNotFoundError: if there is no file ``model_basename``.
+            graftq.quant_linear.errors.CheckpointError: if the checkpoint cannot be loaded right.
+            RuntimeError: if graftq is switched off, or has failed to take over transformers, or for transformers 4.
+        """
+        if int(transformers.__version__.partition(".")[0]) < 5:  # not all of these load a file by its name
+            raise RuntimeError(f"transformers {transformers.__version__}: graftq's from_quantized needs 5.16 or newer")
+        import_hooks.require("transformers.quantizers.auto", "transformers.modeling_utils")
+        passed_on = sort_out(options)
+        hub = {key: passed_on[key] for key in HUB_ARGUMENTS if key in passed_on}
+        source = Source(str(model_name_or_path), hub)
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code, **hub)
+        if quantize_config is None and checkpoint_format is None:
+            parameters = BaseQuantizeConfig.from_pretrained(model_name_or_path, **hub)
+        else:
+            raw = _given(source, quantize_config, checkpoint_format)
+            parameters = BaseQuantizeConfig.from_quant_config(raw)
+            config.quantization_config = raw
+        if name := _weight_file(source, model_basename, parameters, use_safetensors):
+            config.transformers_weights = name
+            parameters.model_file_base_name = Path(name.removesuffix(".index.json")).stem
+        where = _device_map(device_map, device, max_memory)
+        if max_memory is not None and not isinstance(where, dict):
+            passed_on["max_memory"] = max_memory
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            config=config,
+            device_map=where,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=use_safetensors,
+            **{"dtype": torch_dtype or torch.float16, **passed_on},
+        )
+        parameters.model_name_or_path = str(model_name_or_path)
+        return cls(model, parameters).eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """AutoGPTQ loaded the model to be quantised; graftq does not quantise."""
+        raise NotImplementedError(f"graftq loads quantised models (from_quantized). To quantise one, use {QUANTISERS}")
+
+    def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """AutoGPTQ quantised here."""
+        raise NotImplementedError(f"this model is quantised, and graftq does not quantise: use {QUANTISERS}")
+
+    def save_quantized(self, save_dir: str | Path, use_safetensors: bool = True, **kwargs: Any) -> None:
+        """Save the checkpoint by the model's ``save_pretrained``; AutoGPTQ finds its files by ``quantize_config.json``.
+
+        Raises:
+            ValueError: if asked to write pickles.
+        """
+        if not use_safetensors:
+            raise ValueError("graftq writes safetensors only")
+        self.model.save_pretrained(save_dir)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where the modules are; transformers itself has no map for a model in one place."""
+        return getattr(self.model, "hf_device_map", None) or {"": _place(self.model.device)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        places = (place for place in self.hf_device_map.values() if place != "disk")
+        return torch.device(next(places, self.model.device))
+
+    def to(self, *args: Any, **kwargs: Any) -> BaseGPTQForCausalLM:
+        """Move the model, by its own method."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate``."""
+        with torch.inference_mode():
+            return self.model.generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet: in __init__, or while being copied
+                raise
+            return getattr(self.model, name)
+
+
+class AutoGPTQForCausalLM:
+    """AutoGPTQ's way in: :meth:`from_quantized`."""
+
+    def __init__(self) -> None:
+        raise OSError("AutoGPTQForCausalLM has no instances: use AutoGPTQForCausalLM.from_quantized(...)")
+
+    @classmethod
+    def from_quantized(cls, model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> BaseGPTQForCausalLM:
+        """:meth:`BaseGPTQForCausalLM.from_quantized`."""
+        return BaseGPTQForCausalLM.from_quantized(model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """:meth:`BaseGPTQForCausalLM.from_pretrained`."""
+        BaseGPTQForCausalLM.from_pretrained()
+
+
+def _given(
+    source: Source, quantize_config: BaseQuantizeConfig | Mapping[str, Any] | None, checkpoint_format: str | None
+) -> dict[str, Any]:
+    """The caller's parameters, in the form of ``config.json``'s ``quantization_config``.
+
+    Raises:
+        ValueError: if their format is not the checkpoint's own. Nothing but the format tells how zero points are
+            stored, and a program that leaves it at its default does not mean to contradict.
+    """
+    declared = read_declared(source)
+    if isinstance(quantize_config, BaseQuantizeConfig):
+        raw = quantize_config.to_dict()
+        if raw["sym"]:  # how to quantise, by default; AutoGPTQ takes the zero points from the file in any case
+            del raw["sym"]
+    else:
+        raw = dict(quantize_config or (declared[0] if declared else {}))
+    own = BaseQuantizeConfig.from_quant_config(raw, checkpoint_format).checkpoint_format
+    if declared is not None:
+        BaseQuantizeConfig.from_quant_config({"checkpoint_format": own, **declared[0]}, own, declared[1])
+    return {**raw, "quant_method": "gptq", "checkpoint_format": own}
+
+
+def _weight_file(
+    source: Source, basename: str | None, parameters: BaseQuantizeConfig, use_safetensors: bool
+) -> str | None:
+    """The file that AutoGPTQ would take; None leaves the search to graftq.
+
+    Raises:
+        FileNotFoundError: if the one that the caller has named is not there.
+    """
+    named = basename or parameters.model_file_base_name
+    stems = [named] if named else [autogptq_stem(parameters.bits, parameters.group_size), "model"]
+    endings = (".safetensors.index.json", ".safetensors") if use_safetensors else PICKLE_ENDINGS
+    tried = [stem + ending for stem in stems for ending in endings]
+    found = next((name for name in tried if source.has(name)), None)
+    if found is None and basename is not None:
+        raise FileNotFoundError(f"{source.describe('')}: no {' or '.join(tried)}, as model_basename={basename!r} asks")
+    return found
+
+
+def _device_map(
+    device_map: str | dict[str, Any] | None, device: str | int | torch.device | None, max_memory: object
+) -> str | dict[str, Any]:
+    """AutoGPTQ's order: a map, else one device, else "auto"."""
+    if device_map:
+        return device_map
+    if device is None or max_memory:
+        return "auto"
+    return {"": device if isinstance(device, int) else _place(torch.device(device))}
+
+
+def _place(device: torch.device) -> str | int:
+    """A device as device maps name it."""
+    return device.index if device.type == "cuda" and device.index is not None else str(device)

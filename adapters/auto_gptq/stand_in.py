@@ -1,0 +1,109 @@
+"""``import auto_gptq`` where AutoGPTQ is not installed and the user has asked for graftq in its place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from graftq.plugin import bootstrap, patching
+
+SWITCH = "GRAFTQ_AUTO_GPTQ"
+logger = logging.getLogger("graftq")
+
+_HERE = "graftq.adapters.auto_gptq"
+MODULES = {
+    "auto_gptq": _HERE,
+    "auto_gptq.modeling": f"{_HERE}.modeling",
+    "auto_gptq.modeling._base": f"{_HERE}.modeling",
+    "auto_gptq.modeling._utils": f"{_HERE}.modeling",
+    "auto_gptq.modeling.auto": f"{_HERE}.modeling",
+    "auto_gptq.quantization": f"{_HERE}.quantize_config",
+    "auto_gptq.quantization.config": f"{_HERE}.quantize_config",
+    "auto_gptq.utils": f"{_HERE}.utils",
+    "auto_gptq.utils.exllama_utils": f"{_HERE}.utils",
+    "auto_gptq.utils.peft_utils": f"{_HERE}.utils",
+}
+"""Modules that programs import from, and the modules here that stand in for them."""
+
+
+class StandIn(Loader):
+    """Finder and loader in one. Stands last on ``sys.meta_path``: an installed AutoGPTQ is found before it.
+
+    Attributes:
+        asked: Whether :func:`ask` was called.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for a module of ``auto_gptq``, if the user wants one from here."""
+        if name not in MODULES or bootstrap.disabled() or not (self.asked or _switched_on()):
+            return None
+        is_package = any(other.startswith(f"{name}.") for other in MODULES)
+        return ModuleSpec(name, self, origin=MODULES[name], is_package=is_package)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A module that is another one."""
+        return _Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import what it stands for."""
+        import_module(MODULES[module.__name__])
+        if module.__name__ == "auto_gptq":
+            logger.info(
+                "graftq stands in for auto_gptq, which is not installed, as %s asks; %s=1 switches it off",
+                "install()" if self.asked else f"{SWITCH}=1",
+                bootstrap.SWITCH,
+            )
+
+
+class _Alias(ModuleType):
+    """Reads and writes the attributes of the module that it stands for.
+
+    Writes too, because programs put classes of their own in the place of ``AutoModelForCausalLM`` (KoboldAI does).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__all__", "__version__"):  # `__path__` and its like are its own
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        child = f"{self.__name__}.{name}"
+        return import_module(child) if child in MODULES else getattr(sys.modules[MODULES[self.__name__]], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or isinstance(value, ModuleType):  # set by the import system
+            super().__setattr__(name, value)
+        else:
+            setattr(sys.modules[MODULES[self.__name__]], name, value)
+
+
+_stand_in = StandIn()
+
+
+def place() -> None:
+    """Put the finder behind all others; what it finds still depends on the user."""
+    patching.append(sys.meta_path, _stand_in)
+
+
+def ask() -> None:
+    """What :func:`graftq.adapters.auto_gptq.install` does."""
+    place()
+    _stand_in.asked = True
+    spec = find_spec("auto_gptq")
+    if spec is None or spec.loader is not _stand_in:
+        why = f"{bootstrap.SWITCH} is set" if spec is None else f"it is installed ({spec.origin})"
+        logger.warning("graftq does not stand in for auto_gptq: %s", why)
+
+
+def _switched_on() -> bool:
+    return os.environ.get(SWITCH, "") not in ("", "0")

@@ -1,0 +1,51 @@
+"""The places of ``optimum.gptq`` that graftq replaces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from graftq.plugin.patching import add_attribute, replace_attribute
+
+
+def patch_quantizer(module: ModuleType) -> None:
+    """Let ``GPTQQuantizer`` exist without GPTQModel, and load with graftq's layers."""
+    from graftq.adapters.optimum.convert import convert_model, post_init_model
+
+    seams: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+        (module.GPTQQuantizer, "__init__", _keep_format),
+        (module.GPTQQuantizer, "convert_model", lambda stock: functools.wraps(stock)(convert_model)),
+        (module.GPTQQuantizer, "post_init_model", lambda stock: functools.wraps(stock)(post_init_model)),
+        (module, "load_quantized_model", _load_quantized_model),
+    )
+    if missing := [name for owner, name, _ in seams if name not in vars(owner)]:
+        raise AttributeError(f"{module.__name__} has no {' and '.join(missing)} any more")  # rather none than some
+    for owner, name, make in seams:
+        replace_attribute(owner, name, make)
+    # What `__init__` makes of GPTQModel's, for quantising alone.
+    add_attribute(module, "QuantizeConfig", SimpleNamespace)
+    add_attribute(module, "FORMAT", str)
+    add_attribute(module, "METHOD", str)
+
+
+def patch_package(module: ModuleType) -> None:
+    """The same function where it was imported by value, should that have been before the hook came."""
+    replace_attribute(module, "load_quantized_model", _load_quantized_model)
+
+
+def _keep_format(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        """The stock one drops ``checkpoint_format``, which is what ``quantize_config.json`` calls ``format``."""
+        named = kwargs.pop("checkpoint_format", None)
+        original(self, *args, **({"format": named, **kwargs} if named else kwargs))
+
+    return __init__
+
+
+def _load_quantized_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    from graftq.adapters.optimum.load import load_quantized_model
+
+    return functools.wraps(original)(load_quantized_model)
