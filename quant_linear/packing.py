@@ -6,6 +6,8 @@ so that a 3-bit code may straddle two words and 32 codes always fill ``bits`` wo
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from graftq.quant_linear.layouts import GptqTensors
@@ -23,14 +25,20 @@ def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     Returns:
         uint8 [count, columns], each in ``[0, 2**bits)``.
     """
-    start = torch.arange(count, device=words.device) * bits
-    word, shift = start // 32, (start % 32).to(torch.int32)[:, None]
-    codes = words[word] >> shift  # arithmetic: the mask below removes the sign's copies
-    if 32 % bits:
-        # A straddling code takes its high bits from the next word. `<<` by 32 is undefined, hence the clamp.
-        following = words[(word + 1).clamp(max=words.shape[0] - 1)] << (32 - shift).clamp(max=31)
-        codes = torch.where(shift + bits > 32, (codes & ((1 << (32 - shift)) - 1)) | following, codes)
-    return (codes & ((1 << bits) - 1)).to(torch.uint8)
+    columns = words.shape[1]
+    octets = words.reshape(-1).view(torch.uint8).view(-1, columns, 4).transpose(1, 2)
+    octets = (octets.flip(1) if sys.byteorder == "big" else octets).reshape(-1, columns)
+    groups = -(-count // 8)  # eight codes fill `bits` bytes
+    octets = octets[: groups * bits]
+    octets = torch.nn.functional.pad(octets, (0, 0, 0, groups * bits - len(octets))).view(groups, bits, columns)
+    codes = octets.new_empty(groups, 8, columns)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        code = octets[:, first] >> shift
+        if shift + bits > 8:
+            code |= octets[:, first + 1] << (8 - shift)
+        torch.bitwise_and(code, (1 << bits) - 1, out=codes[:, place])
+    return codes.view(-1, columns)[:count]
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

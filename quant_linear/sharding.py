@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
@@ -73,3 +76,50 @@ def shard_inputs(
         raise ValueError("act-order needs g_idx")
     part = replace(part, desc_act=True, stored_g_idx=width)
     return GptqTensors(qweight, tensors.qzeros, tensors.scales, g_idx[start:stop].contiguous(), bias), part
+
+
+def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[GptqTensors, QuantSpec]]:
+    """Merge neighbours that differ in nothing but their outputs, so that one multiplication does for all of them.
+
+    Projections of the same input that were quantised together (q, k and v; gate and up) share their ``g_idx``.
+
+    Args:
+        parts: Projections whose outputs are wanted side by side, without biases.
+
+    Returns:
+        As many as are needed, in the same order; a projection without a like neighbour is returned as it is.
+    """
+    runs: list[list[tuple[GptqTensors, QuantSpec]]] = []
+    for part in parts:
+        if runs and _alike(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return [run[0] if len(run) == 1 else _join(run) for run in runs]
+
+
+def _alike(one: tuple[GptqTensors, QuantSpec], other: tuple[GptqTensors, QuantSpec]) -> bool:
+    (left, a), (right, b) = one, other
+    same = ("bits", "in_features", "group_size", "num_groups", "desc_act", "zero_offset", "padded_in")
+    if any(getattr(a, name) != getattr(b, name) for name in same) or left.scales.dtype != right.scales.dtype:
+        return False
+    if a.has_bias or b.has_bias:
+        return False
+    if not a.desc_act:
+        return True
+    return left.g_idx is not None and right.g_idx is not None and bool(left.g_idx.equal(right.g_idx))
+
+
+def _join(run: Sequence[tuple[GptqTensors, QuantSpec]]) -> tuple[GptqTensors, QuantSpec]:
+    first, spec = run[0]
+    zeros = torch.cat([unpack_codes(tensors.qzeros.T, own.bits, own.out_features) for tensors, own in run])
+    joined = GptqTensors(
+        torch.cat([tensors.qweight[:, : own.out_features] for tensors, own in run], dim=1),
+        pack_codes(zeros, spec.bits).T.contiguous(),
+        torch.cat([tensors.scales[:, : own.out_features] for tensors, own in run], dim=1),
+        first.g_idx if spec.desc_act else None,
+    )
+    width = sum(own.out_features for _, own in run)
+    sym = all(own.sym for _, own in run)
+    stored_g_idx = spec.stored_g_idx if spec.desc_act else 0
+    return joined, replace(spec, out_features=width, padded_out=width, sym=sym, stored_g_idx=stored_g_idx)

@@ -12,7 +12,7 @@ from support.specs import spec_of
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.sharding import shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import join_outputs, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
 RECIPES = [
@@ -65,3 +65,21 @@ def test_ranges_outside(start: int, stop: int) -> None:
         shard_outputs(whole, spec, start, stop)
     with pytest.raises(ValueError, match="inputs"):
         shard_inputs(whole, spec, start, stop, keep_bias=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_parts_join_to_the_whole(recipe: Recipe) -> None:
+    tensors, weight = quantize(torch.randn(40, 192), recipe, np.random.default_rng())
+    whole, spec = GptqTensors(**tensors), spec_of(tensors, recipe, 192, 40)
+    parts = [shard_outputs(whole, spec, start, stop) for start, stop in pairwise((0, 3, 16, 40))]
+    ((joined, own),) = join_outputs(parts)
+    assert dequantize(joined, own).equal(weight)
+    assert own.sym == spec.sym
+
+
+def test_what_differs_stays_apart() -> None:
+    projections = []
+    for recipe in (Recipe(4), Recipe(4), Recipe(4, desc_act=False), Recipe(4, desc_act=False), Recipe(3)):
+        tensors, _ = quantize(torch.randn(8, 64), recipe, np.random.default_rng())
+        projections.append((GptqTensors(**tensors), spec_of(tensors, recipe, 64, 8)))
+    assert [spec.out_features for _, spec in join_outputs(projections)] == [8, 8, 16, 8]

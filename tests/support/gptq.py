@@ -93,3 +93,15 @@ def quantize(
         "g_idx": torch.from_numpy(g_idx.astype(np.int32)),
     }
     return tensors, torch.from_numpy(np.ascontiguousarray(dequantized.T))
+
+
+def dequantize(
+    qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, g_idx: np.ndarray, bits: int
+) -> torch.Tensor:
+    """The float32 weight [N, K] of a projection as format "gptq" stores it, for widths that divide 32."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    mask = np.uint32(2**bits - 1)
+    codes = (qweight.view(np.uint32)[:, None, :] >> shifts[None, :, None] & mask).reshape(-1, qweight.shape[1])
+    zeros = (qzeros.view(np.uint32)[:, :, None] >> shifts & mask).reshape(qzeros.shape[0], -1) + 1
+    weight = (codes.astype(np.float32) - zeros[g_idx].astype(np.float32)) * scales.astype(np.float32)[g_idx]
+    return torch.from_numpy(np.ascontiguousarray(weight.T))

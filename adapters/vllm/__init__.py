@@ -1,0 +1,52 @@
+"""vLLM: GPTQ checkpoints through its own plugin door, the entry points of ``vllm.general_plugins``.
+
+Covered: vLLM 0.30 to 0.33. This module is imported, and :func:`register` called, in every process that vLLM starts;
+neither costs more than vLLM's own start-up, and neither ever raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+
+from graftq.plugin import faults
+from graftq.plugin.bootstrap import SWITCH, disabled
+
+logger = logging.getLogger("graftq")
+
+METHOD = "graftq"
+"""The name of our quantisation method, as in ``quantization="graftq"``."""
+
+
+def register() -> None:
+    """Register the method that takes GPTQ checkpoints over; called by vLLM, any number of times."""
+    try:
+        if not disabled():
+            _register()
+    except Exception as error:  # vLLM does not guard this call
+        faults.record("taking over vLLM's GPTQ loading", error)
+
+
+def _register() -> None:
+    from graftq.adapters.vllm import versions
+
+    found = versions.installed()
+    first = multiprocessing.parent_process() is None  # workers would only repeat what the user has been told
+    if not versions.known(found):
+        if first:
+            logger.warning(
+                "graftq knows vLLM %s, and this is %s: GPTQ checkpoints are left to vLLM. %s=1 silences this.",
+                versions.RANGE,
+                found,
+                SWITCH,
+            )
+        return
+    if versions.has_method(METHOD):
+        return
+    from graftq.adapters.vllm.config import GraftqConfig
+
+    versions.register_method(METHOD, GraftqConfig)
+    if first:
+        logger.info(
+            "graftq took over GPTQ loading in vllm %s (quantization=%r); %s=1 switches it off", found, METHOD, SWITCH
+        )

@@ -1,0 +1,204 @@
+"""Linear layers, fused ones and the output embedding included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from graftq.adapters.vllm.arriving import Arriving, Cut, inputs, outputs
+from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.checkpoint import SUFFIXES
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import join_outputs
+
+if TYPE_CHECKING:
+    from graftq.adapters.vllm.config import GraftqConfig
+
+SHARDS = {"q": 0, "k": 1, "v": 2}
+TENSORS = SUFFIXES[:-1]
+"""What is loaded here; a bias is vLLM's own."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One of the projections that vLLM has fused into a layer, and this rank's share of its outputs.
+
+    Attributes:
+        full: Outputs over all ranks, as the checkpoint has them.
+        start: This rank's first.
+        stop: Beyond its last.
+    """
+
+    full: int
+    start: int
+    stop: int
+
+
+class GraftqLinearMethod(LinearMethodBase):
+    """What vLLM calls for one quantised linear layer.
+
+    Args:
+        config: The checkpoint's.
+        prefix: vLLM's name of the layer.
+        names: The stored names of its projections: one, or one for each part of a fused layer.
+    """
+
+    def __init__(self, config: GraftqConfig, prefix: str, names: Sequence[str]):
+        super().__init__()
+        self.config = config
+        self.prefix = prefix
+        self.names = names
+        self.arriving: dict[tuple[int, ...], Arriving] = {}
+        self.partitions: list[Partition] = []
+        self.cut_inputs: Cut | None = None
+        self.in_features = 0
+        self.width = 0
+        self.dtype = torch.get_default_dtype()
+        self.device = torch.get_default_device()
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
+        self.in_features, self.dtype = input_size, params_dtype
+        self.width = sum(output_partition_sizes)
+        self.partitions = partitions_of(layer, output_partition_sizes, output_size)
+        if input_size_per_partition != input_size:
+            start = layer.tp_rank * input_size_per_partition
+            self.cut_inputs = inputs(start, start + input_size_per_partition)
+        for suffix in TENSORS:
+            dtype = params_dtype if suffix == "scales" else torch.int32  # vLLM warns of floats for integers
+            empty = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
+            empty.weight_loader = partial(self.load, suffix)  # type: ignore[attr-defined]
+            layer.register_parameter(suffix, empty)
+
+    def load(
+        self,
+        suffix: str,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        loaded_shard_id: str | int | tuple[int, ...] | None = None,
+    ) -> None:
+        """Take one whole tensor of the checkpoint.
+
+        Raises:
+            CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
+        """
+        covered = self._covered(loaded_shard_id)
+        if covered not in self.arriving:
+            self.arriving[covered] = self._expect(covered)
+        try:
+            self.arriving[covered].put(suffix, loaded_weight)
+        except CheckpointError as error:
+            raise self.config.stored.explain(error) from error
+
+    def _covered(self, shard: str | int | tuple[int, ...] | None) -> tuple[int, ...]:
+        """Which of the layer's projections a tensor belongs to."""
+        if shard is None:
+            return tuple(range(len(self.partitions)))
+        if isinstance(shard, str):
+            if shard not in SHARDS:
+                raise CheckpointError(f"graftq does not know vLLM's shard {shard!r}", module=self.names[0])
+            shard = SHARDS[shard]
+        return shard if isinstance(shard, tuple) else (shard,)
+
+    def _expect(self, covered: tuple[int, ...]) -> Arriving:
+        module = self._name(covered)
+        own = [self.partitions[index] for index in covered]
+        ranges, offset = [], 0
+        for partition in own:
+            ranges.append((offset + partition.start, offset + partition.stop))
+            offset += partition.full
+        cut = self.cut_inputs or outputs(*ranges)
+        return Arriving(module, self.config.gptq.for_module(module), self.in_features, offset, cut, self.device)
+
+    def _name(self, covered: tuple[int, ...]) -> str:
+        if len(self.names) == len(self.partitions) and len(covered) == 1:
+            return self.names[covered[0]]
+        return self.names[0] if len(self.names) == 1 else self.prefix
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything has come, and make packed layers of it.
+
+        Raises:
+            CheckpointError: naming file, module and reason, if anything is missing or damaged.
+        """
+        if hasattr(layer, "graftq"):
+            return
+        try:
+            parts = join_outputs([part for covered in self._all() for part in covered.parts()])
+            self._check_biases(layer)
+        except CheckpointError as error:
+            raise self.config.stored.explain(error) from error
+        self.arriving = {}
+        layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in parts]
+        for packed in layers:
+            packed.bind(self.device.type, self.dtype)
+        for suffix in TENSORS[1:]:  # LoRA asks `qweight` for the device
+            delattr(layer, suffix)
+        layer.graftq = nn.ModuleList(layers)
+        self.config.remember(f"{self.prefix}: {layers}")
+
+    def _all(self) -> list[Arriving]:
+        """The projections in the order of their outputs; each of the layer's must be there, once."""
+        found = sorted(self.arriving)
+        covered = [index for indices in found for index in indices]
+        for index in range(len(self.partitions)):
+            if covered.count(index) != 1:
+                number = "two tensors" if index in covered else "no tensor in the checkpoint"
+                raise CheckpointError(f"{number} for this projection", module=self._name((index,)))
+        return [self.arriving[indices] for indices in found]
+
+    def _check_biases(self, layer: Any) -> None:
+        if getattr(layer, "bias", None) is not None:
+            return
+        for arriving in self.arriving.values():
+            bias = self.config.stored.idle_bias(arriving.module)
+            if bias is not None:
+                arriving.refuse_bias(bias)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` [..., K] in the layer's dtype; [..., N], zeros where the vocabulary is padded."""
+        found = [packed(x) for packed in layer.graftq]
+        if not found:  # a rank that has nothing but padding
+            return x.new_zeros(*x.shape[:-1], self.width)
+        out = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        if out.shape[-1] < self.width:
+            out = nn.functional.pad(out, (0, self.width - out.shape[-1]))
+        return out if bias is None else out + bias
+
+
+def partitions_of(layer: Any, sizes: Sequence[int], output_size: int) -> list[Partition]:
+    """Which outputs of each fused projection this rank computes.
+
+    Args:
+        layer: A linear layer or output embedding of vLLM, with its ``tp_rank``.
+        sizes: This rank's outputs of each projection.
+        output_size: The outputs of all together, over all ranks.
+    """
+    vocabulary = getattr(layer, "shard_indices", None)
+    if vocabulary is not None:
+        start, stop = vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index
+        return [Partition(layer.org_vocab_size, start, stop)]
+    ranks = output_size // sum(sizes)  # 1 for a layer that every rank has whole
+    # Where there are more ranks than key and value heads, several ranks share one.
+    replicas = [1] + [getattr(layer, "num_kv_head_replicas", 1)] * (len(sizes) - 1)
+    found = []
+    for size, shared in zip(sizes, replicas, strict=True):
+        rank = layer.tp_rank // shared if ranks > 1 else 0
+        found.append(Partition(size * ranks // shared, rank * size, (rank + 1) * size))
+    return found

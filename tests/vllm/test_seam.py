@@ -1,0 +1,57 @@
+"""What a real vLLM finds of graftq, without an engine."""
+
+from __future__ import annotations
+
+import pytest
+from support.processes import evaluate
+
+ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+SIGNATURES = """
+import inspect
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from graftq.adapters.vllm.config import GraftqConfig
+from graftq.adapters.vllm.linear import GraftqLinearMethod
+from graftq.adapters.vllm.moe import GraftqMoEMethod
+
+def names(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+for ours in (GraftqConfig, GraftqLinearMethod, GraftqMoEMethod):
+    base = ours.__mro__[1]
+    assert not inspect.isabstract(ours), ours.__abstractmethods__
+    for name in vars(ours).keys() & dir(base):
+        if not name.startswith("__") and inspect.isroutine(getattr(base, name)):
+            print(f"{ours.__name__}.{name}", names(getattr(ours, name)) == names(getattr(base, name)))
+"""
+ASKING = """
+import os
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+for value in ("all", "unsupported") if "graftq" in QUANTIZATION_METHODS else ():
+    os.environ["GRAFTQ_VLLM"] = value
+    print("answer", get_quantization_config("graftq").override_quantization_method(ACT_ORDER, None, hf_config=None))
+"""
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def test_signatures_are_those_of_the_base_classes(interpreter: str) -> None:
+    found = [line.split() for line in evaluate(SIGNATURES, python=interpreter, **QUIET) if line.startswith("Graftq")]
+    assert len(found) > 10
+    assert [name for name, same in found if same != "True"] == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "answers"),
+    [
+        ({"VLLM_PLUGINS": "graftq"}, ["answer graftq"] * 2),
+        ({"VLLM_PLUGINS": "another"}, []),
+        ({"GRAFTQ_DISABLE": "1"}, []),
+    ],
+    ids=["the only plugin", "not among the plugins", "disabled"],
+)
+def test_who_takes_act_order(environment: dict[str, str], answers: list[str], interpreter: str) -> None:
+    found = evaluate(f"ACT_ORDER = {ACT_ORDER}{ASKING}", python=interpreter, **QUIET, **environment)
+    assert [line for line in found if line.startswith("answer")] == answers
