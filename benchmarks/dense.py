@@ -9,19 +9,21 @@ is of the read bandwidth measured in the same run: bytes of packed codes, scales
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
+from harness import (
+    COLD_BYTES,
+    host_microseconds,
+    matmul_rate,
+    read_bandwidth,
+    recorded,
+    replayed,
+    report_first_calls,
+    write_csv,
+)
 
 from graftq.quant_linear.spec import QuantSpec
 from graftq.quant_linear.triton_provider import TritonProvider
@@ -29,7 +31,6 @@ from graftq.quant_linear.workspace import forget_graphs
 
 SHAPES = ((4096, 28672), (8192, 8192), (14336, 4096), (4096, 6144), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-COLD_BYTES = 130_000_000  # more than twice the L2 cache of an H100
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,6 @@ class Row:
     fraction: float
     tflops: float
     fp16_us: float
-
-
-def replayed(call: Callable[[int], object], calls: int) -> float:
-    """Median microseconds of ``call(i)`` for i < ``calls`` in one CUDA graph, warm."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    started = time.perf_counter()
-    while time.perf_counter() - started < 0.03:
-        graph.replay()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(15):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
 
 
 def spec_of(k: int, n: int, bits: int, group: int, act_order: bool) -> QuantSpec:
@@ -103,18 +81,6 @@ def bytes_read(packed: dict[str, torch.Tensor]) -> int:
     return sum(packed[name].nbytes for name in ("codes", "high", "scales") if name in packed)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a reduction over 4 GB."""
-    data = torch.randint(-9, 9, (2**30,), dtype=torch.int32, device="cuda").view(torch.float32)
-    return data.nbytes / replayed(lambda _: torch.sum(data), 4) * 1e6
-
-
-def matmul_rate() -> float:
-    """FLOP per second of torch's fp16 matmul of 8192 cubed."""
-    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
-    return 2 * 8192**3 / replayed(lambda _: torch.mm(a, b), 4) * 1e6
-
-
 def measure(spec: QuantSpec, tokens: tuple[int, ...], bandwidth: float, fp16: dict[int, float]) -> Iterator[Row]:
     """One row per number of tokens; fills ``fp16`` where it lacks one."""
     provider = TritonProvider()
@@ -138,19 +104,17 @@ def measure(spec: QuantSpec, tokens: tuple[int, ...], bandwidth: float, fp16: di
         )  # fmt: skip
 
 
-def recorded() -> dict[tuple[int, int, int], dict[str, float]]:
+def peers_of_dense() -> dict[tuple[int, int, int], dict[str, float]]:
     """The peers' figures of ``recorded_h100.csv``: (k, n, m) to microseconds by implementation."""
-    path = Path(__file__).with_name("recorded_h100.csv")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     peers: dict[tuple[int, int, int], dict[str, float]] = {}
-    for row in csv.DictReader(lines):
+    for row in recorded("recorded_h100.csv"):
         peers.setdefault((int(row["k"]), int(row["n"]), int(row["m"])), {})[row["implementation"]] = float(row["us"])
     return peers
 
 
 def table(rows: list[Row]) -> str:
     """Markdown; a fraction of the bandwidth up to 64 tokens, TFLOP/s beyond."""
-    peers = recorded()
+    peers = peers_of_dense()
     lines = [
         "| KxN | weights | M | us | of bandwidth / TFLOP/s | fp16 us | fp16 / ours | Marlin (rec.) | Machete (rec.) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -171,7 +135,7 @@ def plot(rows: list[Row], path: str) -> None:
     """Time over tokens, one panel per shape: ours, torch's fp16 and the recorded peers."""
     import matplotlib.pyplot as plt
 
-    peers = recorded()
+    peers = peers_of_dense()
     figure, axes = plt.subplots(1, len(SHAPES), figsize=(4 * len(SHAPES), 4), sharey=True)
     for axis, (k, n) in zip(axes, SHAPES, strict=True):
         mine = [row for row in rows if (row.k, row.n, row.bits, row.group, row.act_order) == (k, n, 4, 128, False)]
@@ -187,20 +151,12 @@ def plot(rows: list[Row], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def host_microseconds(m: int, act_order: bool) -> float:
-    """Host time of an eager call, the device kept busy behind it."""
+def eager(m: int, act_order: bool) -> float:
+    """Host time of an eager call."""
     spec = spec_of(4096, 4096, 4, 128, act_order)
     packed, provider = random_packed(spec), TritonProvider()
     x = torch.randn(m, 4096, device="cuda").half()
-    for _ in range(100):
-        provider.linear(x, packed, spec)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(500):
-        provider.linear(x, packed, spec)
-    taken = time.perf_counter() - started
-    torch.cuda.synchronize()
-    return taken / 500 * 1e6
+    return host_microseconds(lambda: provider.linear(x, packed, spec))
 
 
 _FIRST_CALL = """
@@ -220,16 +176,6 @@ for m in (1, 16):
 """
 
 
-def first_calls(cache: str) -> str:
-    """Milliseconds of the first call per number of tokens, in a new process with Triton's cache in ``cache``."""
-    environment = os.environ | {"TRITON_CACHE_DIR": cache}
-    folder = Path(__file__).parent
-    command = [sys.executable, "-c", _FIRST_CALL]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip("; ")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="write every row there")
@@ -239,11 +185,9 @@ def main() -> None:
     bandwidth, rate = read_bandwidth(), matmul_rate()
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}, Triton {triton.__version__}")
     print(f"read {bandwidth / 1e9:.0f} GB/s; fp16 matmul of 8192 cubed {rate / 1e12:.0f} TFLOP/s")
-    with tempfile.TemporaryDirectory() as cache:
-        print("first call by tokens, cold Triton cache:", first_calls(cache))
-        print("first call by tokens, warm Triton cache:", first_calls(cache))
+    report_first_calls(_FIRST_CALL)
     for m, act_order in ((1, False), (1, True), (16, False)):
-        print(f"host time of an eager call, M={m}, act-order {act_order}: {host_microseconds(m, act_order):.1f} us")
+        print(f"host time of an eager call, M={m}, act-order {act_order}: {eager(m, act_order):.1f} us")
     rows: list[Row] = []
     for k, n in SHAPES:
         fp16: dict[int, float] = {}
@@ -253,10 +197,7 @@ def main() -> None:
             rows += measure(spec_of(k, n, bits, group, False), (1, 16), bandwidth, fp16)
     print(table(rows))
     if options.csv:
-        with open(options.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv(rows, options.csv)
     if options.plot:
         plot(rows, options.plot)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Selec
 
 ChooseExperts = Callable[[ExpertsRequest], Selection[ExpertsProvider]]
 """How experts find their kernel, e.g. ``graftq.plugin.manager.choose_experts_kernel``."""
+
+Addition = Callable[[int, torch.Tensor], torch.Tensor]
+"""From an expert's number and a projection's input [tokens, K] to what is added to its output [tokens, N]."""
 
 
 class QuantExpert(nn.Module):
@@ -36,7 +40,8 @@ class QuantExperts(nn.Module):
     expert's projections among themselves, in bits, group and act-order.
 
     The experts are modules under their numbers, with the checkpoint's names and shapes, until a kernel that
-    wants them in another layout is bound; then the tensors of that layout are this module's own.
+    wants them in another layout is bound; then the tensors of that layout are this module's own. Set ``separate``
+    to have them as modules whatever the kernel: adapters are added to single projections (:meth:`adding`).
 
     Args:
         experts: One per expert, in order.
@@ -63,6 +68,8 @@ class QuantExperts(nn.Module):
         self.num_experts = len(experts)
         self.activate = activate
         self.pinned = False
+        self.separate = False
+        self._additions: list[tuple[str, Addition]] = []
         self._choose = choose
         self._bias_names = [None if bias is None else bias[0] for bias in (up_bias, down_bias)]
         for index, expert in enumerate(experts):
@@ -88,7 +95,7 @@ class QuantExperts(nn.Module):
         self.dtype = projections["down_proj"][0].dtype
         self._packed_names: tuple[str, ...] = ()
         self._provider: ExpertsProvider | None = None
-        self._bound_to: tuple[str, torch.dtype] | None = None
+        self._bound_to: tuple[str, torch.dtype, bool] | None = None
 
     @property
     def up_bias(self) -> torch.Tensor | None:
@@ -113,7 +120,7 @@ class QuantExperts(nn.Module):
         Returns:
             [tokens, hidden] in the dtype of ``hidden_states``; the sum is taken in float32.
         """
-        if self._bound_to != (hidden_states.device.type, hidden_states.dtype):
+        if self._bound_to != (hidden_states.device.type, hidden_states.dtype, self.separate):
             self.bind(hidden_states.device.type, hidden_states.dtype)
         assert self._provider is not None
         return self._provider.experts(self, hidden_states, top_k_index, top_k_weights)
@@ -124,17 +131,47 @@ class QuantExperts(nn.Module):
         Raises:
             graftq.quant_linear.selection.NoKernelError: if no kernel runs these experts.
         """
-        provider = self._choose(ExpertsRequest(self.spec, device, dtype, pinned=self.pinned)).provider
+        self.separate |= self._is_surrounded()
+        request = ExpertsRequest(self.spec, device, dtype, pinned=self.pinned, separate=self.separate)
+        provider = self._choose(request).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
             self._repack(layout)
         self._provider = provider
-        self._bound_to = (device, dtype)
+        self._bound_to = (device, dtype, self.separate)
         if isinstance(layout, SeparateLayout):
             for child in self.modules():
                 if isinstance(child, QuantLinear):
                     child.pinned = self.pinned
                     child.bind(device, dtype)
+
+    @contextmanager
+    def adding(self, to: Literal["up", "down"], addition: Addition) -> Iterator[None]:
+        """Add to the output of every expert's ``up`` (all that ``activate`` takes) or ``down``, as long as this lasts.
+
+        Raises:
+            RuntimeError: unless :attr:`separate` is set.
+        """
+        if not self.separate:
+            raise RuntimeError("set separate first: a kernel for all experts at once has no place for additions")
+        self._additions.append((to, addition))
+        try:
+            yield
+        finally:
+            self._additions.remove((to, addition))
+
+    def add(self, to: Literal["up", "down"], expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """``output`` of a projection for input ``x``, and what is to be added to it, in its dtype."""
+        for place, addition in self._additions:
+            if place == to:
+                output = (output + addition(expert, x)).to(output.dtype)
+        return output
+
+    def _is_surrounded(self) -> bool:
+        """Whether adapters have been put around single projections."""
+        separate = isinstance(self.layout, SeparateLayout)
+        paths = [f"{expert}.{name}" for expert in range(self.num_experts) for name in self.spec.names]
+        return separate and not all(isinstance(self.get_submodule(path), QuantLinear) for path in paths)
 
     def _repack(self, layout: ExpertsLayout) -> None:
         """Move the tensors from the current layout into another, expert by expert."""
@@ -185,8 +222,13 @@ class QuantExperts(nn.Module):
             return self._child(name, expert).checkpoint_tensors()
         return self.layout.unpack(self.packed(), name, expert)
 
+    @property
+    def kernel(self) -> str | None:
+        """The name of the kernel that is bound, if one is."""
+        return None if self._provider is None else self._provider.name
+
     def extra_repr(self) -> str:
         """The experts in short."""
         bits = sorted({spec.bits for _, specs in self.spec.projections for spec in specs})
-        kernel = f", kernel={self._provider.name}" if self._provider else ""
+        kernel = f", kernel={self.kernel}" if self.kernel else ""
         return f"{self.num_experts} x {' + '.join(self.spec.names)}, bits={'/'.join(map(str, bits))}{kernel}"

@@ -52,6 +52,8 @@ class QuantLinear(nn.Module):
             if name in dtypes:
                 empty = torch.empty(shape, dtype=dtypes[name], device=device)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        if "bias" not in self._parameters:
+            self.register_parameter("bias", None)  # as in nn.Linear, for those who look
 
     @classmethod
     def from_tensors(cls, spec: QuantSpec, tensors: GptqTensors, choose: Choose, dtype: torch.dtype) -> QuantLinear:
@@ -97,6 +99,7 @@ class QuantLinear(nn.Module):
         stored = self.checkpoint_tensors()
         for name in list(self._parameters):
             delattr(self, name)
+        self.register_parameter("bias", None)
         return stored
 
     def _hold(self, packed: Mapping[str, torch.Tensor]) -> None:
@@ -111,11 +114,16 @@ class QuantLinear(nn.Module):
         """
         return dequantize(self.checkpoint_tensors(), self.spec).to(self.dtype)
 
+    @property
+    def kernel(self) -> str | None:
+        """The name of the kernel that is bound, if one is."""
+        return None if self._provider is None else self._provider.name
+
     def extra_repr(self) -> str:
         """The projection in short."""
         spec = self.spec
         order = ", desc_act" if spec.desc_act else ""
-        kernel = f", kernel={self._provider.name}" if self._provider else ""
+        kernel = f", kernel={self.kernel}" if self.kernel else ""
         return (
             f"{spec.in_features}, {spec.out_features}, bits={spec.bits}, group_size={spec.group_size}"
             f"{order}, sym={spec.sym}, bias={spec.has_bias}{kernel}"

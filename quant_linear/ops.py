@@ -53,7 +53,8 @@ _library.define(f"tiled_linear_input_grad(Tensor grad, {_WEIGHTS}, int in_featur
 
 
 @lru_cache(maxsize=64)
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """What a tile choice depends on."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
@@ -62,9 +63,9 @@ def _device(device: torch.device) -> Device:
 
 
 @lru_cache(maxsize=64)
-def _program(device: torch.device, bits: int, dtype: torch.dtype, sym: bool) -> str:
+def program_for(device: torch.device, bits: int, dtype: torch.dtype, sym: bool) -> str:
     """The unpacking text for ``device``: inline PTX where there is PTX with the instructions, else ""."""
-    if _device(device).capability < 80:
+    if device_of(device).capability < 80:
         return ""
     return unpack_program(bits, "fp16" if dtype == torch.float16 else "bf16", 2 ** (bits - 1) if sym else None)
 
@@ -82,7 +83,7 @@ def _tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    device = _device(x.device)
+    device = device_of(x.device)
     atoms = w.codes.shape[1]
     tile = choose(device, w.bits, w.group, n, atoms * 128, m)
     overlap = w.order is not None and tile is not None and device.capability >= 90
@@ -115,10 +116,10 @@ def _multiply_tiled(x: torch.Tensor, k: int, w: Weights, out: torch.Tensor, tile
         arrivals,
     )
     strides = (w.scales.stride(0), w.qzeros.stride(0))
-    program = _program(x.device, w.bits, x.dtype, w.sym)
+    program = program_for(x.device, w.bits, x.dtype, w.sym)
     weights = (w.bits, w.group, w.sym, w.zero_offset, program, w.bias is not None)
     mask_k = k < atoms * 128
-    grid, options = (tiles, tile.splits, 1), _options(tile, overlap)
+    grid, options = (tiles, tile.splits, 1), launch_options(tile, overlap)
     if tile.tokens == 1:
         constants = (*weights, mask_k, overlap, tile.rows, tile.unroll, tile.splits)
         launch(vector_kernel, grid, tensors, (n, k, atoms, *strides), constants, options)
@@ -133,7 +134,8 @@ def _multiply_tiled(x: torch.Tensor, k: int, w: Weights, out: torch.Tensor, tile
 
 
 @lru_cache(maxsize=256)
-def _options(tile: Tile, overlap: bool) -> Options:
+def launch_options(tile: Tile, overlap: bool) -> Options:
+    """Those of ``tile``; ``overlap`` is whether the kernel may start before the one before it ends."""
     options: list[tuple[str, int | bool]] = [("num_warps", tile.warps), ("num_stages", tile.stages)]
     if tile.registers is not None:
         options.append(("maxnreg", tile.registers))
@@ -160,7 +162,7 @@ def _plain_runs(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[int, t
     most = max(1, WORKSPACE_BYTES // (64 * 128 * atoms * dtype.itemsize))
     step = -(-tiles // -(-tiles // most))  # runs of even length
     space = torch.empty(step * 64, atoms * 128, dtype=dtype, device=w.codes.device)
-    program = _program(w.codes.device, w.bits, dtype, w.sym)
+    program = program_for(w.codes.device, w.bits, dtype, w.sym)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
         launch(

@@ -74,7 +74,8 @@ class TorchExperts:
 def _run_expert(module: QuantExperts, index: int, x: torch.Tensor) -> torch.Tensor:
     expert: Any = module.get_submodule(str(index))
     hidden = _add(_up(expert, x, module.spec.is_concatenated), module.up_bias, index)
-    output = _add(expert.down_proj(module.activate(hidden)), module.down_bias, index)
+    inner = module.activate(module.add("up", index, x, hidden))
+    output = module.add("down", index, inner, _add(expert.down_proj(inner), module.down_bias, index))
     return output if module.post_expert_norm is None else module.post_expert_norm(output)
 
 

@@ -35,12 +35,18 @@ class Request:
 
 @dataclass(frozen=True)
 class ExpertsRequest:
-    """What the experts of a layer ask for, all together; attributes as in :class:`Request`."""
+    """What the experts of a layer ask for, all together; attributes as in :class:`Request`.
+
+    Attributes:
+        separate: Each projection must stay a layer of its own, since something is added to its output
+            (:meth:`~graftq.quant_linear.experts.QuantExperts.adding`).
+    """
 
     spec: ExpertsSpec
     device: str
     dtype: torch.dtype
     pinned: bool = False
+    separate: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,13 +154,15 @@ def select(request: Request | ExpertsRequest, providers: Iterable[P], forced: st
 
 
 def _judge(provider: KernelProvider | ExpertsProvider, request: Request | ExpertsRequest) -> Verdict:
-    from graftq.quant_linear.layouts import AS_STORED
+    from graftq.quant_linear.layouts import AS_STORED, SeparateLayout
 
     try:
         verdict = provider.judge(request)  # type: ignore[arg-type] # requests and providers are of one kind
-        repacks = isinstance(verdict, Accepted) and not isinstance(provider.layout(request.spec), AS_STORED)  # type: ignore[arg-type]
+        layout = provider.layout(request.spec) if isinstance(verdict, Accepted) else None  # type: ignore[arg-type]
     except Exception as error:  # somebody else's provider: it loses the layer, the host keeps its model
         return Rejected(f"its own failure: {type(error).__name__}: {error}")
-    if request.pinned and repacks:
+    if layout is not None and request.pinned and not isinstance(layout, AS_STORED):
         return Rejected("it repacks the weights, and these are offloaded", "keep the layer on one device")
+    if layout is not None and getattr(request, "separate", False) and not isinstance(layout, SeparateLayout):
+        return Rejected("it computes projections in one, and adapters add to each of them")
     return verdict

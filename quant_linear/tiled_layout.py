@@ -10,6 +10,7 @@ import torch
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
 from graftq.quant_linear.spec import QuantSpec
+from graftq.quant_linear.workspace import reserve
 
 TILE_N = 64
 """Output rows of an atom."""
@@ -26,11 +27,12 @@ UNIT = 16
 NO_ROW = 2**31 - 1
 """Entry of ``order`` for a row of padding: beyond any input, so that the kernels' bounds check skips it."""
 
-_CHUNK_TILES = 32  # output tiles repacked at a time: bounds what the load needs beside the weights themselves
+CHUNK_TILES = 32
+"""Output tiles repacked at a time: bounds what the load needs beside the weights themselves."""
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Where each stored input row goes.
 
     Attributes:
@@ -42,6 +44,15 @@ class _Plan:
     order: torch.Tensor | None
     unit_group: torch.Tensor | None
     rows: int
+
+    def padded(self, rows: int) -> Plan:
+        """The same with padding up to ``rows`` places, a multiple of :data:`ATOM_K`."""
+        order, unit_group = self.order, self.unit_group
+        if order is not None:
+            order = torch.nn.functional.pad(order, (0, rows - self.rows), value=NO_ROW)
+        if unit_group is not None:
+            unit_group = torch.cat([unit_group, unit_group[-1:].expand((rows - self.rows) // UNIT)])
+        return Plan(order, unit_group, rows)
 
 
 @dataclass(frozen=True)
@@ -84,16 +95,15 @@ class TiledLayout:
         Args:
             tensors: One projection as stored; ``g_idx`` must be there if the spec says act-order, in range.
         """
-        plan = self._plan(tensors.g_idx, tensors.qweight.device)
-        bits, columns = self.spec.bits, self.spec.padded_out
-        tiles = -(-columns // PADDED_N) * (PADDED_N // TILE_N)
+        reserve(tensors.qweight.device)
+        plan = self.plan(tensors.g_idx, tensors.qweight.device)
+        tiles = -(-self.spec.padded_out // PADDED_N) * (PADDED_N // TILE_N)
         parts: list[dict[str, torch.Tensor]] = []
-        for start in range(0, tiles, _CHUNK_TILES):
-            stop = min(start + _CHUNK_TILES, tiles)
-            words = tensors.qweight[:, start * TILE_N : stop * TILE_N]
-            words = torch.nn.functional.pad(words, (0, (stop - start) * TILE_N - words.shape[1], 0, -len(words) % bits))
-            codes = unpack_codes(words, bits, self._stored_rows)
-            parts.append(_to_words(self._place(codes, plan), bits))
+        for start in range(0, tiles, CHUNK_TILES):
+            stop = min(start + CHUNK_TILES, tiles)
+            qweight = tensors.qweight[:, start * TILE_N : stop * TILE_N]
+            qweight = torch.nn.functional.pad(qweight, (0, (stop - start) * TILE_N - qweight.shape[1]))
+            parts.append(self.to_tiles(qweight, plan))
         packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         packed["scales"], packed["qzeros"] = tensors.scales, tensors.qzeros
         if plan.unit_group is not None:
@@ -105,37 +115,55 @@ class TiledLayout:
     def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
         """Restore the checkpoint tensors bit for bit, the unused bits of the last words included."""
         spec = self.spec
-        plan = self._plan(packed.get("g_idx"), packed["codes"].device)
-        columns = []
-        for start in range(0, len(packed["codes"]), _CHUNK_TILES):
-            chunk = {name: packed[name][start : start + _CHUNK_TILES] for name in ("codes", "high") if name in packed}
-            placed = _from_words(chunk, spec.bits)
-            if plan.order is None:
-                codes = placed[: self._stored_rows]
-            else:
-                codes = placed.new_empty(self._stored_rows, placed.shape[1])
-                real = plan.order != NO_ROW
-                codes[plan.order[real].long()] = placed[real]
-            columns.append(pack_codes(codes, spec.bits)[: spec.packed_rows])
-        qweight = torch.cat(columns, 1)[:, : spec.padded_out].contiguous()
+        plan = self.plan(packed.get("g_idx"), packed["codes"].device)
+        qweight = self.from_tiles(packed, plan)[:, : spec.padded_out].contiguous()
         scales, qzeros = packed["scales"], packed["qzeros"]
         if plan.unit_group is not None:
             first = torch.searchsorted(plan.unit_group, torch.arange(spec.num_groups, device=scales.device))
             scales, qzeros = scales[first], qzeros[first]
         return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), packed.get("bias"))
 
+    def to_tiles(self, qweight: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
+        """Whole tiles of columns of ``qweight`` [packed_rows, 64 * tiles] as ``codes``, and ``high`` for 3 bits."""
+        bits = self.spec.bits
+        qweight = torch.nn.functional.pad(qweight, (0, 0, 0, -len(qweight) % bits))
+        return _to_words(self._place(unpack_codes(qweight, bits, self._stored_rows), plan), bits)
+
+    def from_tiles(self, tiles: Mapping[str, torch.Tensor], plan: Plan) -> torch.Tensor:
+        """The inverse of :meth:`to_tiles`."""
+        columns = []
+        for start in range(0, len(tiles["codes"]), CHUNK_TILES):
+            chunk = {name: tiles[name][start : start + CHUNK_TILES] for name in ("codes", "high") if name in tiles}
+            placed = _from_words(chunk, self.spec.bits)
+            if plan.order is None:
+                codes = placed[: self._stored_rows]
+            else:
+                codes = placed.new_empty(self._stored_rows, placed.shape[1])
+                real = plan.order != NO_ROW
+                codes[plan.order[real].long()] = placed[real]
+            columns.append(pack_codes(codes, self.spec.bits)[: self.spec.packed_rows])
+        return torch.cat(columns, 1)
+
     @property
     def _stored_rows(self) -> int:
         """Codes that a column of ``qweight`` holds once it is padded to whole blocks of 32."""
         return -(-self.spec.packed_rows // self.spec.bits) * 32
 
-    def _plan(self, g_idx: torch.Tensor | None, device: torch.device) -> _Plan:
+    def plan(self, g_idx: torch.Tensor | None, device: torch.device, in_units: bool = False) -> Plan:
+        """Where the input rows go.
+
+        Args:
+            g_idx: As stored; must be there if the spec says act-order.
+            device: Where to make the plan's tensors.
+            in_units: Whether to cut the groups into units even if kernels know their size.
+        """
         spec, stored = self.spec, self._stored_rows
-        in_order = _Plan(None, None, -(-stored // ATOM_K) * ATOM_K)
+        in_order = Plan(None, None, -(-stored // ATOM_K) * ATOM_K)
         if spec.num_groups == 1:
             return in_order
+        native = _is_native(spec.group_size) and not in_units
         if not spec.desc_act:
-            if _is_native(spec.group_size):
+            if native:
                 return in_order
             group = sequential_g_idx(spec, device)
         else:
@@ -147,7 +175,7 @@ class TiledLayout:
         rest = torch.arange(len(group), stored, device=device)  # filling of the last words: no group, to the end
         sorted_group = group[by_group]
         even = torch.equal(sorted_group, torch.arange(len(group), device=device) // spec.group_size)
-        if even and _is_native(spec.group_size):
+        if even and native:
             places, unit_group = torch.arange(stored, device=device), None
             rows = in_order.rows
         else:
@@ -162,9 +190,9 @@ class TiledLayout:
             places = torch.cat([first_place[sorted_group] + rank, used + torch.arange(len(rest), device=device)])
         order = torch.full((rows,), NO_ROW, dtype=torch.int32, device=device)
         order[places] = torch.cat([by_group, rest]).to(torch.int32)
-        return _Plan(order, unit_group, rows)
+        return Plan(order, unit_group, rows)
 
-    def _place(self, codes: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    def _place(self, codes: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Stored rows to their places: uint8 [stored, n] to [plan.rows, n], padding 0."""
         if plan.order is None:
             return torch.nn.functional.pad(codes, (0, 0, 0, plan.rows - len(codes)))

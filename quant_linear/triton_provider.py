@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping
 import pluggy
 import torch
 
-from graftq.quant_linear.selection import Accepted, KernelProvider, Rejected, Request, Verdict
+from graftq.quant_linear.selection import (
+    Accepted,
+    ExpertsProvider,
+    ExpertsRequest,
+    KernelProvider,
+    Rejected,
+    Request,
+    Verdict,
+)
 from graftq.quant_linear.spec import QuantSpec
 from graftq.quant_linear.tiled_layout import TiledLayout
 
@@ -19,7 +27,7 @@ class TritonProvider:
     name = "triton"
     priority = 100
 
-    def judge(self, request: Request) -> Verdict:
+    def judge(self, request: Request | ExpertsRequest) -> Verdict:
         """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
         if request.device not in ("cuda", "xpu"):
             return Rejected(f"no Triton kernels for device type {request.device}")
@@ -69,3 +77,11 @@ class TritonProvider:
 def graftq_kernels() -> Iterable[KernelProvider]:
     """Register the Triton kernels."""
     return [TritonProvider()]
+
+
+@pluggy.HookimplMarker("graftq")
+def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
+    """Register their form for experts."""
+    from graftq.quant_linear.triton_experts import TritonExperts  # which is built upon the provider above
+
+    return [TritonExperts()]

@@ -27,47 +27,32 @@ def _settle(acc, PROGRAM: tl.constexpr):
 
 
 @triton.jit
-def matrix_kernel(
-    x, codes, high, scales, zeros, bias, out, partials, counters,
-    M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,
+def multiply_tile(
+    x, inside_m, codes, high, scales, zeros,
+    first_atom, rows, split, N, K, atoms, groups, scale_stride, zero_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
-    AFTER_GATHER: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
+    AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``out`` [M, N], or one split of its sum over K; grid (tiles of N times tiles of M, SPLIT_K).
+    """Products of ``rows`` and some tokens over one split of K: float32 [rows, tokens].
 
     Args:
-        x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
-        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` read for 3 bits only.
-        bias: [N], any float dtype.
-        partials: float32 [SPLIT_K, M, N], if SPLIT_K > 1.
-        counters: int32 [tiles], zero, if SPLIT_K > 1; left zero.
-        atoms: Atoms of 128 input rows.
-        groups: Rows of ``scales``.
-        GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
-        PROGRAM: ``unpack_program``'s text, or "" for the portable path.
-        MASK_M: Whether the last tile has fewer tokens than others. (Reading one token in place of the missing ones
-            would spare the mask, but every program reading the same line costs far more.)
-        MASK_K: Whether ``x`` ends before the last atom does.
-        SCALE_WEIGHTS: Scale the weights, not the products; always so for groups shorter than an atom.
-        KEEP: Whether other tiles read the same weights.
-        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
-        UNROLL: Atoms per step; divides ``atoms``.
+        x: Pointers to the tokens' activations, [tokens, 1].
+        inside_m: Which of the tokens there are, [tokens]; the others are not read.
+        first_atom: Number of the first row's first atom, int64.
+        rows: Consecutive output rows, a multiple of 64 of them.
+        split: Which split of K.
+        others: As :func:`matrix_kernel`.
     """
+    BLOCK_N: tl.constexpr = rows.shape[0]
+    BLOCK_M: tl.constexpr = inside_m.shape[0]
     DTYPE: tl.constexpr = x.dtype.element_ty
     SCALES: tl.constexpr = scales.dtype.element_ty
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    tile, split = tl.program_id(0), tl.program_id(1)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tile_n, tile_m = tile // tiles_m, tile % tiles_m
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_atom = (tile_n * (BLOCK_N // 64)).to(tl.int64) * atoms
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
     columns = tl.arange(0, 128)
-    x += tokens.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x += columns[None, :]
 
     per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
     begin = split * per_split
@@ -88,7 +73,7 @@ def matrix_kernel(
             if BITS == 3:
                 top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)
             if MASK_M or MASK_K:
-                inside = ((tokens < M) if MASK_M else (tokens >= 0))[:, None]
+                inside = inside_m[:, None]
                 if MASK_K:
                     inside &= (atom * 128 + columns < K)[None, :]
                 activations = tl.trans(tl.load(x + atom * 128, mask=inside, other=0.0))
@@ -119,4 +104,47 @@ def matrix_kernel(
                 acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
+    return acc
+
+
+@triton.jit
+def matrix_kernel(
+    x, codes, high, scales, zeros, bias, out, partials, counters,
+    M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
+    AFTER_GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``out`` [M, N], or one split of its sum over K; grid (tiles of N times tiles of M, SPLIT_K).
+
+    Args:
+        x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
+        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` read for 3 bits only.
+        bias: [N], any float dtype.
+        partials: float32 [SPLIT_K, M, N], if SPLIT_K > 1.
+        counters: int32 [tiles], zero, if SPLIT_K > 1; left zero.
+        atoms: Atoms of 128 input rows.
+        groups: Rows of ``scales``.
+        GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
+        PROGRAM: ``unpack_program``'s text, or "" for the portable path.
+        MASK_M: Whether the last tile has fewer tokens than others. (Reading one token in place of the missing ones
+            would spare the mask, but every program reading the same line costs far more.)
+        MASK_K: Whether ``x`` ends before the last atom does.
+        SCALE_WEIGHTS: Scale the weights, not the products; always so for groups shorter than an atom.
+        KEEP: Whether other tiles read the same weights.
+        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
+        UNROLL: Atoms per step; divides ``atoms``.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_n, tile_m = tile // tiles_m, tile % tiles_m
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_atom = (tile_n * (BLOCK_N // 64)).to(tl.int64) * atoms
+    acc = multiply_tile(
+        x + tokens.to(tl.int64)[:, None] * x_stride, tokens < M, codes, high, scales, zeros,
+        first_atom, rows, split, N, K, atoms, groups, scale_stride, zero_stride,
+        BITS, GROUP, SYM, ZERO_OFFSET, PROGRAM, MASK_M, MASK_K, SCALE_WEIGHTS, KEEP, AFTER_GATHER, UNROLL, SPLIT_K,
+    )  # fmt: skip
     finish_tile(acc, out, bias, partials, counters, tile, split, rows, tokens, M, N, HAS_BIAS, SPLIT_K)

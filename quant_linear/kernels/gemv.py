@@ -24,27 +24,23 @@ def _load_part(x, start, K, COUNT: tl.constexpr, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def vector_kernel(
-    x, codes, high, scales, zeros, bias, out, partials, counters,
-    N, K, atoms, scale_stride, zero_stride,
+def multiply_row(
+    x, codes, high, scales, zeros, first_atom, rows, split, N, K, atoms, scale_stride, zero_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr,
-    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
+    MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_N`` elements of ``out`` [N], or one split of their sums over K; grid (tiles of N, SPLIT_K).
+    """Products of ``rows`` and the token ``x`` [K] over one split of K: float32 [rows].
 
     The matrix units do it, with eight copies of the token: on an H100 that takes fewer instructions than packed
     fp16 multiply-adds, and sums in float32. One product per plane, since Triton gives the left operand another order
     of columns behind a join where the right operand has eight columns.
 
-    Args: As ``matrix_kernel``, with ``GROUP`` 0 or a multiple of 128 and x [K].
+    Args: As ``multiply_tile``.
     """
+    BLOCK_N: tl.constexpr = rows.shape[0]
     DTYPE: tl.constexpr = x.dtype.element_ty
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PLANES: tl.constexpr = 16 // WIDTH
-    tile, split = tl.program_id(0), tl.program_id(1)
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_atom = (tile * (BLOCK_N // 64)).to(tl.int64) * atoms
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
 
@@ -85,5 +81,26 @@ def vector_kernel(
                 acc += part * scale
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
-    total = tl.sum(acc, 1) / 8  # eight equal columns
+    return tl.sum(acc, 1) / 8  # eight equal columns
+
+
+@triton.jit
+def vector_kernel(
+    x, codes, high, scales, zeros, bias, out, partials, counters,
+    N, K, atoms, scale_stride, zero_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK_N`` elements of ``out`` [N], or one split of their sums over K; grid (tiles of N, SPLIT_K).
+
+    Args: As ``matrix_kernel``, with ``GROUP`` 0 or a multiple of 128 and x [K].
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_atom = (tile * (BLOCK_N // 64)).to(tl.int64) * atoms
+    total = multiply_row(
+        x, codes, high, scales, zeros, first_atom, rows, split, N, K, atoms, scale_stride, zero_stride,
+        BITS, GROUP, SYM, ZERO_OFFSET, PROGRAM, MASK_K, AFTER_GATHER, UNROLL, SPLIT_K,
+    )  # fmt: skip
     finish_row(total, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS, SPLIT_K)

@@ -43,7 +43,7 @@ def test_another_reason_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_on_a_cpu_it_is_information(caplog: pytest.LogCaptureFixture) -> None:
-    manager.choose_kernel(Request(SPEC, "cpu", torch.float32))
+    manager.choose_kernel(Request(SPEC, "cpu", torch.float64))
     assert [level for level, _ in messages(caplog)] == [logging.INFO]
 
 

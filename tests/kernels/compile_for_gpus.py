@@ -7,24 +7,55 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
+from graftq.quant_linear.kernels.experts_gemm import experts_matrix_kernel
+from graftq.quant_linear.kernels.experts_gemv import down_vector_kernel, up_vector_kernel
+from graftq.quant_linear.kernels.experts_prepare import prepare_kernel
+from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
 from graftq.quant_linear.kernels.unpack import unpack_program
 
 POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i16", "high": "*i16", "scales": "*fp16"}
-POINTERS |= {"zeros": "*i32", "partials": "*fp32", "counters": "*i32"}
+POINTERS |= {"zeros": "*i32", "partials": "*fp32", "counters": "*i32", "order": "*i32", "gathered": "*{}"}
+POINTERS |= {
+    "index": "*i64",
+    "slots": "*i32",
+    "tile_expert": "*i32",
+    "columns": "*i32",
+    "weights": "*fp32",
+    "rows": "*fp32",
+}
 TILES = {"vector_kernel": (64, 1, 2), "matrix_kernel": (64, 16, 1, 2), "dequantize_kernel": ()}
+TILES |= {
+    "up_vector_kernel": (64, 2, 4, 8),
+    "down_vector_kernel": (64, 2, 3, 8),
+    "experts_matrix_kernel": (64, 16, 1, 2, 1),
+}
+TILES |= {"prepare_kernel": (), "weighted_sum_kernel": ()}
+GATED = {"ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True}
 
 
-def build(kernel: triton.JITFunction, capability: int, dtype: str, bits: int, group: int, sym: bool) -> None:
+def build(
+    kernel: triton.JITFunction, capability: int, dtype: str, bits: int, group: int, sym: bool, **changes: object
+) -> None:
     names = kernel.arg_names
-    constants = dict.fromkeys((name for name in names if name.isupper()), False)
-    constants |= {"BITS": bits, "GROUP": group, "SYM": sym, "ZERO_OFFSET": 1}
-    constants["PROGRAM"] = unpack_program(bits, dtype, 2 ** (bits - 1) if sym else None)
     tile = TILES[kernel.fn.__name__]
+    constants: dict[str, object] = dict.fromkeys((name for name in names if name.isupper() and len(name) > 1), False)
+    constants |= {"BITS": bits, "GROUP": group, "SYM": sym, "ZERO_OFFSET": 1, "OVERLAP": capability >= 90}
+    constants |= {"AFTER_UP": capability >= 90}
+    constants |= {
+        "PROGRAM": unpack_program(bits, dtype, 2 ** (bits - 1) if sym else None),
+        "ALPHA": 1.702,
+        "LIMIT": 7.0,
+    }
     constants |= dict(zip([name for name in names if name.isupper()][-len(tile) :], tile, strict=True)) if tile else {}
+    constants = {name: value for name, value in (constants | changes).items() if name in names}
     signature = {name: POINTERS.get(name, "i32").format(dtype) for name in names}
-    signature |= dict.fromkeys(constants, "constexpr")
+    if "experts" in names or "tile_expert" in names:
+        signature["zeros"] = "*i16"
+    signature = {name: kind for name, kind in signature.items() if name in names} | dict.fromkeys(
+        constants, "constexpr"
+    )
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     assert "local_depot" not in compiled.asm["ptx"], (kernel.fn.__name__, bits, "arrays in local memory")
@@ -36,6 +67,20 @@ def main() -> None:
             build(kernel, 90, "fp16", bits, 128, True)
         build(matrix_kernel, 90, "bf16", bits, 32, False)
         build(vector_kernel, 80, "bf16", bits, 0, False)
+
+        build(up_vector_kernel, 90, "fp16", bits, 128, True, **GATED, AFTER_GATHER=True)
+        build(experts_matrix_kernel, 90, "fp16", bits, 128, True, **GATED)
+    build(up_vector_kernel, 80, "bf16", 3, 0, False, **GATED)
+    build(down_vector_kernel, 90, "fp16", 4, 128, True, HAS_BIAS=True)
+    build(down_vector_kernel, 80, "bf16", 3, 0, False)
+    build(experts_matrix_kernel, 80, "bf16", 3, 32, False, **GATED)
+    for activation in ("gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"):
+        build(experts_matrix_kernel, 90, "bf16", 4, 0, True, ACTIVATION=activation, GATED=True)
+    for activation in ("silu", ""):
+        build(experts_matrix_kernel, 80, "fp16", 4, 128, False, ACTIVATION=activation)
+    for capability, route in ((90, True), (80, False)):
+        build(prepare_kernel, capability, "fp16", 4, 128, True, ROUTE=route, BLOCK_M=64, CHUNK=1024, BLOCK=256)
+        build(weighted_sum_kernel, capability, "bf16", 4, 128, True, HAS_BIAS=route, BLOCK=1024, SPLIT_K=2, TOP_K=16)
 
 
 if __name__ == "__main__":

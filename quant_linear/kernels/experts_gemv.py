@@ -1,0 +1,112 @@
+"""The products of experts for a single token: each of its experts has programs of its own, and nothing is routed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from graftq.quant_linear.kernels.activate import activate
+from graftq.quant_linear.kernels.gemv import multiply_row
+from graftq.quant_linear.kernels.tile import sum_splits
+
+
+@triton.jit
+def up_vector_kernel(
+    x, index, codes, high, scales, zeros, bias, columns, out, partials, counters,
+    experts, N, K, atoms, groups, tiles_n, x_stride, bias_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATED: tl.constexpr,
+    MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """``out[slot] = activate(up(x))``; grid (tiles of N, SPLIT_K, TOP_K).
+
+    Args:
+        x: fp16 or bf16 [K] for each slot, ``x_stride`` apart; 0 apart if all share one.
+        index: Integers [TOP_K], the experts of the token; nobody's slots are left alone.
+        out: [TOP_K, N / 2], ungated [TOP_K, N].
+        partials: float32 [SPLIT_K, TOP_K, N], if there are splits; with ``counters`` [TOP_K * tiles of N].
+        N: Output rows, all stored.
+        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
+        OVERLAP: Whether the next kernel may start meanwhile, likewise.
+        others: As in ``experts_matrix_kernel``.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if AFTER_GATHER:
+        tl.extra.cuda.gdc_wait()
+    tile, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert = tl.load(index + slot).to(tl.int32)
+    if (expert < 0) | (expert >= experts):
+        return
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = expert.to(tl.int64)
+    stride = tiles_n * 64
+    acc = multiply_row(
+        x + slot * x_stride, codes, high, scales + expert * groups * stride, zeros + expert * groups * stride,
+        (expert * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
+        BITS, GROUP, SYM, 0, PROGRAM, MASK_K, False, UNROLL, SPLIT_K,
+    )  # fmt: skip
+    arrival = slot * tl.num_programs(0) + tile
+    acc, last = sum_splits(acc, partials, counters, arrival, split, TOP_K * N, slot * N + rows, rows < N, SPLIT_K)
+    if last == 1:
+        if HAS_BIAS:
+            column = tl.load(columns + expert * stride + rows)
+            acc += tl.load(bias + expert * bias_stride + column, mask=column < bias_stride, other=0.0).to(tl.float32)
+        value = activate(acc, ACTIVATION, ALPHA, LIMIT, GATED)
+        WIDTH: tl.constexpr = value.shape[0]
+        place = slot * (N // (2 if GATED else 1)) + tile * WIDTH + tl.arange(0, WIDTH)
+        tl.store(out + place, value.to(out.dtype.element_ty))
+
+
+@triton.jit
+def down_vector_kernel(
+    x, index, weights, codes, high, scales, zeros, bias, out, partials, counters,
+    experts, N, K, atoms, groups, tiles_n, bias_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    AFTER_UP: tl.constexpr,
+    BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """``out = sum of weights[slot] * down(x[slot])``; grid (tiles of N, SPLIT_K, TOP_K).
+
+    The last program of a tile to arrive adds up splits and slots, always in the same order.
+
+    Args:
+        x: [TOP_K, K], contiguous, all of it in whole atoms.
+        weights: [TOP_K], any float dtype.
+        out: [N].
+        partials: float32 [SPLIT_K, TOP_K, N].
+        counters: int32 [tiles of N], zero; left zero.
+        AFTER_UP: Whether the first product may still run (programmatic dependent launch).
+        others: As in :func:`up_vector_kernel`.
+    """
+    if AFTER_UP:
+        tl.extra.cuda.gdc_wait()
+    tile, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    expert = tl.load(index + slot).to(tl.int32)
+    stride = tiles_n * 64
+    if (expert >= 0) & (expert < experts):
+        place = expert.to(tl.int64)
+        acc = multiply_row(
+            x + slot * K, codes, high, scales + place * groups * stride, zeros + place * groups * stride,
+            (place * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
+            BITS, GROUP, SYM, 0, PROGRAM, False, False, UNROLL, SPLIT_K,
+        )  # fmt: skip
+        tl.store(partials + (split * TOP_K + slot) * N + rows, acc, mask=inside)
+    tl.debug_barrier()  # every thread's partial sums before the one thread's signal
+    if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K * TOP_K - 1:
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        for choice in tl.static_range(TOP_K):
+            expert = tl.load(index + choice).to(tl.int32)
+            there = inside & (expert >= 0) & (expert < experts)
+            value = tl.zeros((BLOCK_N,), tl.float32)
+            for part in tl.static_range(SPLIT_K):
+                value += tl.load(partials + (part * TOP_K + choice) * N + rows, mask=there, other=0.0)
+            if HAS_BIAS:
+                place = bias + expert.to(tl.int64) * bias_stride + rows
+                value += tl.load(place, mask=there, other=0.0).to(tl.float32)
+            total += tl.where(there, value * tl.load(weights + choice).to(tl.float32), 0.0)
+        tl.store(out + rows, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(counters + tile, 0)

@@ -1,0 +1,147 @@
+"""The ``triton`` provider for experts: a layer's experts in at most four launches, whatever the number of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
+from graftq.quant_linear.tiled_experts_layout import HALF_FRAGMENT, PREFIX, TiledExpertsLayout
+from graftq.quant_linear.tiled_layout import TiledLayout
+from graftq.quant_linear.triton_provider import TritonProvider
+
+
+class TritonExperts:
+    """Repacks all experts into two stacks of tiles once (:class:`TiledExpertsLayout`), and multiplies from them."""
+
+    name = "triton"
+    priority = 100
+
+    def judge(self, request: ExpertsRequest) -> Verdict:
+        """Accept what the linear layers' provider accepts, if the experts are of one kind."""
+        verdict = TritonProvider().judge(request)
+        if isinstance(verdict, Rejected):
+            return verdict
+        return _uniform(request.spec) or verdict
+
+    def layout(self, spec: ExpertsSpec) -> TiledExpertsLayout:
+        """Two stacks of tiles."""
+        import graftq.quant_linear.experts_product  # noqa: F401 - whoever packs will multiply
+
+        return TiledExpertsLayout(spec)
+
+    def experts(
+        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Shapes as in :meth:`QuantExperts.forward`.
+
+        Differentiable in ``x`` and ``top_k_weights``, and in biases of the module's own; then, and where the activation
+        has no name, gate and up differ in act-order, or there is a norm, the products are bare and torch does the rest.
+        """
+        spec, packed = module.spec, module.packed()
+        up, down = _stack(packed, "up", spec, module.up_bias), _stack(packed, "down", spec, module.down_bias)
+        formula = spec.activation
+        is_fused = f"{PREFIX}up_columns" in packed
+        learns = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (x, top_k_weights, module.up_bias, module.down_bias)
+        )
+        if formula is not None and is_fused and not spec.has_norm and not learns:
+            activation = (formula.name, formula.alpha, formula.limit, spec.is_gated)
+            return torch.ops.graftq.tiled_experts(x, top_k_index, top_k_weights, *up, *down, *activation)
+        return _step_by_step(module, x, top_k_index, top_k_weights, up, down)
+
+
+_KIND = ("bits", "group_size", "num_groups", "in_features", "out_features", "padded_in", "padded_out")
+
+
+def _uniform(spec: ExpertsSpec) -> Rejected | None:
+    """Why these experts cannot share a kernel; None if they can."""
+    kinds = {
+        (name, tuple(getattr(each, field) for field in _KIND)) for name, specs in spec.projections for each in specs
+    }
+    for stack in (spec.names[:-1], spec.names[-1:]):
+        found = {kind for name, kind in kinds if name in stack}
+        if len(found) > 1:
+            differing = [
+                field for field, values in zip(_KIND, zip(*found, strict=True), strict=True) if len(set(values)) > 1
+            ]
+            return Rejected(
+                f"the experts' {' and '.join(stack)} are not all alike in {', '.join(differing)}",
+                "quantise all experts of a layer alike",
+            )
+    return None
+
+
+Arguments = tuple[torch.Tensor | int | None, ...]
+"""A ``experts_ops.Stack``'s."""
+
+
+def _stack(
+    packed: Mapping[str, torch.Tensor], stack: str, spec: ExpertsSpec, own_bias: torch.Tensor | None
+) -> Arguments:
+    tensors = [
+        packed.get(f"{PREFIX}{stack}_{name}") for name in ("codes", "high", "scales", "zeros", "order", "columns")
+    ]
+    bias = packed.get(f"{PREFIX}{stack}_bias")
+    if own_bias is not None:
+        bias = own_bias if bias is None else bias[:, : own_bias.shape[1]] + own_bias
+    projection = spec.projections[0 if stack == "up" else -1][1][0]
+    return (*tensors, bias, projection.bits, TiledLayout(projection).group(packed[f"{PREFIX}{stack}_scales"].shape[1]))
+
+
+def _step_by_step(
+    module: QuantExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Arguments, down: Arguments
+) -> torch.Tensor:
+    """Bare products, and torch in between."""
+    from graftq.quant_linear.experts_ops import Stack  # not at the top, where triton may be absent
+    from graftq.quant_linear.experts_product import TiledProduct
+
+    spec, layout = module.spec, TiledExpertsLayout(module.spec)
+    assert isinstance(module.layout, TiledExpertsLayout)
+    first, second = Stack(*up), Stack(*down)  # type: ignore[arg-type]
+    slots, experts = index.numel(), spec.num_experts
+    expert = index.reshape(-1)
+    is_ours = (expert >= 0) & (expert < experts)
+    expert = torch.where(is_ours, expert, 0)
+
+    if first.columns is not None:
+        rows = part_rows = second.codes.shape[2] * 128 * (1 + spec.is_gated)
+    else:
+        part_rows = layout.part_rows
+        rows = part_rows * len(layout.up_names)
+    hidden = TiledProduct.apply(x, index, *up, index.shape[1], part_rows, rows)
+    if first.columns is not None:
+        if first.bias is not None:
+            bias = torch.nn.functional.pad(first.bias.to(x.dtype), (0, 1))  # rows of padding take the last column
+            columns = first.columns[:, :rows].clamp(max=first.bias.shape[1]).long()
+            hidden = hidden + bias[expert[:, None], columns[expert]]
+        assert spec.activation is not None
+        if spec.is_gated:
+            halves = hidden.view(slots, -1, 2, HALF_FRAGMENT)
+            hidden = spec.activation(halves[:, :, 0], halves[:, :, 1]).reshape(slots, -1)
+        else:
+            hidden = spec.activation(None, hidden)
+    else:
+        inner = layout.intermediate
+        if len(layout.up_names) == 2:
+            gate, value = hidden[:, :inner], hidden[:, part_rows : part_rows + inner]
+            both = (gate, value)
+            hidden = torch.cat(both, -1) if spec.is_concatenated else torch.stack(both, -1).flatten(-2)
+        else:
+            hidden = hidden[:, : inner * (1 + spec.is_gated)]
+        if first.bias is not None:
+            hidden = hidden + first.bias[expert, : hidden.shape[1]].to(x.dtype)
+        hidden = module.activate(hidden)
+
+    width = x.shape[1]
+    out = TiledProduct.apply(hidden, index, *down, 1, width, width)
+    if second.bias is not None:
+        out = out + second.bias[expert, :width].to(x.dtype)
+    if module.post_expert_norm is not None:
+        out = module.post_expert_norm(out)
+    out = torch.where(is_ours[:, None], out.float() * weights.reshape(-1, 1).float(), 0.0)
+    return out.view(*index.shape, width).sum(1).to(x.dtype)
