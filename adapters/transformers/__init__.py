@@ -1,6 +1,7 @@
 """transformers: ``from_pretrained`` loads GPTQ checkpoints with graftq's layers.
 
-Covered: transformers 5.16 and newer. This module is imported when transformers is, and imports nothing of it.
+Covered: transformers 5.16 and newer, and 4.51 to 4.57 by :mod:`graftq.adapters.transformers.v4`. This module is
+imported when transformers is, and imports nothing of it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         return None
     from importlib.metadata import version
 
+    from graftq.adapters.transformers import v4
+
     found = version("transformers")
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        raise RuntimeError(f"transformers {found} is older than 5.16, the first that graftq knows")
+    release = tuple(int(part) for part in found.split(".")[:2])
+    if v4.OLDEST <= release < (5, 0):
+        return v4.seams()
+    if release < OLDEST:
+        raise RuntimeError(f"transformers {found}: graftq knows 4.51 to 4.57, and 5.16 and newer")
     return {
         "transformers.quantizers.auto": _patch_quantizers,
         "transformers.modeling_utils": _patch_modeling,

@@ -13,7 +13,7 @@ from typing import Any
 from graftq.plugin import weights
 from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
 from graftq.plugin.source import HUB_ARGUMENTS, Source
-from graftq.quant_linear.checkpoint import CheckpointIndex
+from graftq.quant_linear.checkpoint import PICKLE_ENDINGS, CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
 
 _current: ContextVar[Loading | None] = ContextVar("graftq_loading", default=None)
@@ -69,7 +69,12 @@ class Loading:
         """
         assert self.source is not None
         assert self.config is not None
-        if arguments.get("transformers_explicit_filename") or arguments.get("variant"):
+        explicit = arguments.get("transformers_explicit_filename")
+        if explicit and explicit.endswith(PICKLE_ENDINGS):  # transformers itself wants a safetensors file there
+            if self.arguments.get("use_safetensors") is not False:
+                raise weights.pickle_refused(self.source, explicit)
+            return self.source.fetch(explicit)
+        if explicit or arguments.get("variant"):
             return None
         name = weights.find_safetensors(self.source, self.config)
         if name is not None:

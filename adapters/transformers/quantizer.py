@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, ClassVar
 
@@ -9,34 +10,18 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import GPTQConfig as StockConfig
 
-from graftq.adapters.transformers import loading
+from graftq.adapters.transformers import loading, tensor_parallel
+from graftq.adapters.transformers.dequantizing import dequantize_model
 from graftq.adapters.transformers.plan import Plan, Projection, make_plan
-from graftq.adapters.transformers.swap import Dequantize, swap_modules
+from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state
+from graftq.adapters.transformers.shared import bind, essential_prefixes, packed_modules
+from graftq.adapters.transformers.swap import Dequantize, has_idle_bias, swap_modules
 from graftq.plugin.config import QuantConfig
-from graftq.quant_linear.checkpoint import CheckpointIndex
+from graftq.quant_linear.checkpoint import CheckpointIndex, torch_dtypes
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
-
-
-class GPTQConfig(StockConfig):
-    """The stock configuration, without what only matters to quantising.
-
-    Bears the stock name because transformers compares the names of the classes that it merges.
-    """
-
-    def __init__(self, bits: int, **kwargs: Any):
-        super().__init__(bits, **{key: value for key, value in kwargs.items() if value is not None})
-        self.dynamic = kwargs.get("dynamic")
-
-    def post_init(self) -> None:
-        """Check what quantising needs only if this is to quantise; loading is checked by :class:`QuantConfig`."""
-        if self.dataset is not None:
-            super().post_init()
-        elif self.backend is None:
-            self.backend = "auto"
 
 
 def replace_stock(stock: type[HfQuantizer]) -> type[HfQuantizer]:
@@ -69,6 +54,10 @@ class GptqHfQuantizer(HfQuantizer):
         self._dense: dict[str, Projection] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._ignore_mismatched_sizes = False
+        self._on_kernels = False
+        # Needed for saving and dequantising.
+        self._origin = Origin()
+        self._is_distributed = False
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         current = loading.current()
@@ -84,8 +73,12 @@ class GptqHfQuantizer(HfQuantizer):
         self._ignore_mismatched_sizes = bool(arguments.get("ignore_mismatched_sizes"))
         self._model = model
         self._plan = make_plan(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
-        self._dense = swap_modules(model, self._plan)
+        self._origin = Origin()
+        self._dense = swap_modules(model, self._plan, self._origin.plain)
+        parameters: Any = self.quantization_config
+        parameters.complete(projection.spec for projection in self._plan.projections.values())
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        tensor_parallel.keep_whole(model)
 
     def _own_config(self) -> QuantConfig:
         return QuantConfig.from_dict(self.quantization_config.to_dict(), "quantization_config")
@@ -110,7 +103,7 @@ class GptqHfQuantizer(HfQuantizer):
             WeightConverter(
                 [re.escape(f"{tail}.{suffix}") + "$" for suffix in sorted(suffixes)],
                 f"{tail}.weight",
-                [Dequantize(specs, self)],
+                [Dequantize(specs, self._origin.dequantized, self)],
             )
             for tail, suffixes in tails.items()
         ]
@@ -133,11 +126,12 @@ class GptqHfQuantizer(HfQuantizer):
                 renamed, source = name, None  # the loader's own fallback, for mappings that rename too much
             if source is None and renamed in expected:
                 self._check_like(name, expected[renamed])
+                self._origin.names[name] = renamed
             patterns = targets.get(source, [""]) if source else [""]
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
         ignored = model._keys_to_ignore_on_load_missing or ()
-        essential = _essential_prefixes(model)
+        essential = essential_prefixes(model)
         for name in sorted(missing):
             if name.startswith(essential) and not any(re.search(pattern, name) for pattern in ignored):
                 self._refuse(name)
@@ -175,7 +169,10 @@ class GptqHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._restore_dtypes(model)
-        _bind(model, model.config.dtype)
+        self._is_distributed = tensor_parallel.shard(model)
+        bind(model, model.config.dtype)
+        self._on_kernels = all(module.kernel not in (None, "torch") for module in packed_modules(model))
+        self._remember_origin(model)
         self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
 
@@ -192,36 +189,64 @@ class GptqHfQuantizer(HfQuantizer):
             if parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
+    def _remember_origin(self, model: Any) -> None:
+        """Put what saving needs where transformers looks for it, also in the models inside this one."""
+        from transformers.modeling_utils import PreTrainedModel  # which imports this module
+
+        known = torch_dtypes()
+        for target, projection in self._plan.projections.items():
+            for suffix, info in projection.infos.items():
+                self._origin.names[info.name] = f"{target}.{suffix}"
+            if has_idle_bias(projection):
+                info = projection.infos["bias"]
+                bias = torch.empty(info.shape, dtype=known[info.dtype], device="meta")
+                self._origin.idle_biases[f"{target}.bias"] = bias
+        kept = [entry for entry in model._weight_conversions if not self._is_own(entry)]
+        renamings = [entry for entry in kept if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in kept if isinstance(entry, WeightConverter)]
+        model._weight_conversions = [StoredNames(self._origin.names, renamings), *converters]
+        for name, part in model.named_modules():
+            if name and isinstance(part, PreTrainedModel) and _is_packed(part):
+                own: Any = copy.copy(self)
+                own._origin = self._origin.part(name)
+                part.hf_quantizer = own
+
+    def _is_own(self, conversion: Any) -> bool:
+        if isinstance(conversion, WeightConverter):
+            return any(isinstance(operation, Dequantize) for operation in conversion.operations)
+        return conversion._original_source_patterns[0] in self._plan.renamings
+
     def is_serializable(self) -> bool:
-        """Not yet: transformers refuses ``save_pretrained`` for these models."""
-        return False
+        """What was loaded can be saved, whatever its kernels have made of it."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """What ``save_pretrained`` is to write, by the names in the model; None if it is to write adapters alone."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        self._check_whole("saved")
+        return checkpoint_state(model, self._origin), {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        self._check_whole("dequantized")
+        return dequantize_model(model, self._origin, dtype)
+
+    def _check_whole(self, what: str) -> None:
+        if self._is_distributed:
+            raise ValueError(
+                f"a packed model that is distributed over processes cannot be {what}; load it in one of them"
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` with a static cache compiles by itself: kernels never wait for the device, the reference may."""
+        return self._on_kernels
 
     @property
     def is_trainable(self) -> bool:
-        """Not yet."""
-        return False
+        """Adapters can be trained: the packed layers give gradients to what comes before them."""
+        return True
 
 
-def _bind(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Choose kernels for packed layers and experts; those with offloaded weights keep the checkpoint's layout."""
-    for child in module.children():
-        if not isinstance(child, (QuantLinear, QuantExperts)):
-            _bind(child, dtype)
-            continue
-        packed = [
-            tensor for layer in child.modules() if isinstance(layer, QuantLinear) for tensor in layer.parameters()
-        ]
-        for tensor in packed:
-            tensor.requires_grad_(False)
-        child.pinned = any(tensor.is_meta for tensor in packed)
-        if not child.pinned:
-            child.bind(packed[0].device.type, dtype)
-
-
-def _essential_prefixes(model: Any) -> tuple[str, ...]:
-    """What the names of the base model's and its output embedding's parameters begin with; a new head's do not."""
-    if model.base_model is model:
-        return ("",)
-    output = model.get_output_embeddings()
-    heads = [name for name, module in model.named_modules() if module is output and output is not None]
-    return tuple(f"{part}." for part in (model.base_model_prefix, *heads))
+def _is_packed(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())

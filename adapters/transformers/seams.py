@@ -1,4 +1,4 @@
-"""The five places of transformers that graftq replaces, each by a thin function around the original."""
+"""The six places of transformers that graftq replaces, each by a thin function around the original."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from graftq.plugin.patching import replace_attribute, replace_item
 
 def patch_quantizers(module: ModuleType) -> None:
     """Put graftq's quantiser and configuration class in the place of the stock ones for "gptq"."""
-    from graftq.adapters.transformers.quantizer import GPTQConfig, replace_stock
+    from graftq.adapters.transformers.quantizer import replace_stock
+    from graftq.adapters.transformers.shared import GPTQConfig
 
     replace_item(module.AUTO_QUANTIZER_MAPPING, "gptq", replace_stock)
     replace_item(module.AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", lambda stock: GPTQConfig)
 
 
 def patch_modeling(module: ModuleType) -> None:
-    """Let ``from_pretrained`` see ``quantize_config.json``, and weight files under AutoGPTQ's names."""
+    """Let loading see ``quantize_config.json``, and weights under AutoGPTQ's names; let saving write the former."""
     seams = (
+        (module.PreTrainedConfig, "save_pretrained", _write_parameters),
         (module.PreTrainedModel, "from_pretrained", _remember_source),
         (module, "get_hf_quantizer", _read_configuration),
         (module, "_get_resolved_checkpoint_files", _resolve_files),
@@ -71,3 +73,18 @@ def _resolve_files(original: Callable[..., Any]) -> Callable[..., Any]:
         return files, metadata
 
     return _get_resolved_checkpoint_files
+
+
+def _write_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from graftq.adapters.transformers.saving import write_parameters
+        from graftq.adapters.transformers.shared import GPTQConfig
+
+        done = original(self, save_directory, *args, **kwargs)
+        parameters = getattr(self, "quantization_config", None)
+        if isinstance(parameters, GPTQConfig) and parameters.dataset is None:
+            write_parameters(parameters.to_dict(), save_directory)
+        return done
+
+    return save_pretrained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
 from graftq.adapters.transformers.plan import Plan, Projection
-from graftq.plugin.manager import choose_experts_kernel, choose_kernel
-from graftq.quant_linear.checkpoint import torch_dtypes
+from graftq.adapters.transformers.shared import empty_linear
+from graftq.plugin.manager import choose_experts_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
@@ -21,8 +22,13 @@ from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
-def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
+def swap_modules(model: Any, plan: Plan, plain: dict[str, nn.Module]) -> dict[str, Projection]:
     """Replace linear layers and experts modules.
+
+    Args:
+        model: The skeleton, on the meta device.
+        plan: What goes where.
+        plain: Gets the modules that were replaced, without their weights, by name.
 
     Returns:
         The projections whose module is neither (a router, say, that multiplies by its own parameter):
@@ -32,26 +38,21 @@ def swap_modules(model: Any, plan: Plan) -> dict[str, Projection]:
     for target, projection in plan.projections.items():
         if projection.container:
             continue
-        if isinstance(model.get_submodule(target), (nn.Linear, Conv1D)):
-            model.set_submodule(target, _linear(projection, model.config.dtype))
+        stock = model.get_submodule(target)
+        if isinstance(stock, (nn.Linear, Conv1D)):
+            plain[target] = stock
+            model.set_submodule(target, empty_linear(projection.spec, projection.infos, model.config.dtype))
             model.all_tied_weights_keys.pop(f"{target}.weight", None)
         else:
             dense[target] = projection
     for container, found in plan.containers().items():
-        model.set_submodule(container, _experts(model.get_submodule(container), found, model.config.dtype))
-    if ignored := [projection.target for projection in plan.projections.values() if _has_idle_bias(projection)]:
+        plain[container] = model.get_submodule(container)
+        model.set_submodule(container, _experts(plain[container], found, model.config.dtype))
+    if ignored := [projection.target for projection in plan.projections.values() if has_idle_bias(projection)]:
         # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
         patterns = {_any_layer(target, model.base_model_prefix) + r"\.bias$" for target in ignored}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
     return dense
-
-
-def _linear(projection: Projection, dtype: torch.dtype) -> QuantLinear:
-    known = torch_dtypes()
-    dtypes = {suffix: known[info.dtype] for suffix, info in projection.infos.items()}
-    if not projection.spec.has_bias:
-        dtypes.pop("bias", None)
-    return QuantLinear(projection.spec, choose_kernel, dtypes, dtype, device="meta")
 
 
 def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) -> QuantExperts:
@@ -60,7 +61,7 @@ def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) ->
     projections: dict[str, dict[str, QuantLinear]] = {}
     for name, projection in found.items():
         number, _, own = name.partition(".")
-        projections.setdefault(number, {})[own] = _linear(projection, dtype)
+        projections.setdefault(number, {})[own] = empty_linear(projection.spec, projection.infos, dtype)
     # Where the files hold one bias tensor for all experts, it stays what it is in the model.
     up, down = "gate_up_proj" if gated else "up_proj", "down_proj"
     packed_biases = {name.endswith(f".{down}") for name, projection in found.items() if projection.spec.has_bias}
@@ -69,19 +70,30 @@ def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) ->
         for argument, name in (("up_bias", up), ("down_bias", down))
         if stock.has_bias and (name == down) not in packed_biases
     }
-    for name in ("gate_up_proj", "up_proj", "down_proj"):
-        stock._parameters.pop(name, None)
+    for name in stock._parameters.keys() & {"gate_up_proj", "up_proj", "down_proj"}:
+        stock._parameters[name] = None  # its place remains, in case it is dequantised
     return QuantExperts(
         [QuantExpert(projections[str(number)]) for number in range(stock.num_experts)],
         choose_experts_kernel,
-        activate=stock._apply_gate if gated else stock.act_fn,
+        activate=_Gate(stock) if gated else stock.act_fn,
         is_concatenated=stock.is_concatenated,
         post_expert_norm=stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None,
         **fused_biases,
     )
 
 
-def _has_idle_bias(projection: Projection) -> bool:
+@dataclass(frozen=True)
+class _Gate:
+    """What a stock experts module does between its projections; its own bound method cannot be pickled."""
+
+    experts: Any
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts._apply_gate(x)
+
+
+def has_idle_bias(projection: Projection) -> bool:
+    """Whether the files hold a bias, of zeros, that the model's layer has not."""
     return "bias" in projection.infos and not projection.spec.has_bias
 
 
@@ -93,8 +105,11 @@ def _any_layer(target: str, base: str) -> str:
 class Dequantize(ConversionOps):
     """Turns the packed tensors of one module into its plain weight, as transformers' loader hands them over."""
 
-    def __init__(self, specs: Mapping[str, QuantSpec], hf_quantizer: Any):
+    def __init__(
+        self, specs: Mapping[str, QuantSpec], kept: dict[str, tuple[GptqTensors, QuantSpec]], hf_quantizer: Any
+    ):
         self.specs = specs
+        self.kept = kept  # gets what was packed, by module, for saving: these modules are small
         self.hf_quantizer = hf_quantizer  # tells the loader to leave the dtypes of the inputs alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantize:
@@ -108,5 +123,8 @@ class Dequantize(ConversionOps):
         parts = {pattern.rstrip("$").rpartition(".")[2]: value for pattern, value in input_dict.items()}
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in parts.items()}
         name = kwargs["full_layer_name"]
-        weight = dequantize(GptqTensors(**tensors), self.specs[name.removesuffix(".weight")])
+        module = name.removesuffix(".weight")
+        packed, spec = GptqTensors(**tensors), self.specs[module]
+        weight = dequantize(packed, spec)
+        self.kept[module] = GptqTensors(**{name: tensor.cpu() for name, tensor in tensors.items()}), spec
         return {target_patterns[0]: weight.to(kwargs["model"].get_parameter(name).dtype).contiguous()}

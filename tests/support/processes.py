@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
-SWITCHES = ("GRAFTQ_DISABLE", "GRAFTQ_KERNEL", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH", "PYTHONSTARTUP")
+SWITCHES = (
+    "GRAFTQ_DISABLE",
+    "GRAFTQ_KERNEL",
+    "GRAFTQ_AUTO_GPTQ",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+)
 
 
 def run(
@@ -41,6 +50,22 @@ def run(
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def run_ranks(script: Path, *arguments: str, size: int = 2) -> str:
+    """Run ``script`` in ``size`` processes, as ``torchrun`` would; what the first prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+
+    def start(rank: int) -> str:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        return run(str(script), *arguments, path=[TESTS], **shared, **place).stdout
+
+    with ThreadPoolExecutor(size) as pool:
+        first, *_ = pool.map(start, range(size))
+    return first
 
 
 def evaluate(

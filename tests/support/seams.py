@@ -1,4 +1,4 @@
-"""The five places of transformers that graftq replaces, as a fresh interpreter finds them."""
+"""The six places of transformers that graftq replaces, as a fresh interpreter finds them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def seams() -> dict[str, Any]:
         "from_pretrained": vars(modeling_utils.PreTrainedModel)["from_pretrained"].__func__,
         "get_hf_quantizer": modeling_utils.get_hf_quantizer,
         "_get_resolved_checkpoint_files": modeling_utils._get_resolved_checkpoint_files,
+        "save_pretrained": vars(modeling_utils.PreTrainedConfig)["save_pretrained"],
     }
 
 

@@ -75,7 +75,8 @@ def test_gptq_config_with_loading_attributes(originals: dict[str, Path]) -> None
 
 
 def test_gptq_config_for_quantising_goes_to_the_stock_class(originals: dict[str, Path]) -> None:
-    with pytest.raises(ImportError, match="optimum"):
+    # Whichever it lacks first.
+    with pytest.raises((ImportError, RuntimeError), match=r"optimum|gptqmodel|GPU is required"):
         load(originals["llama"].parent / "float", quantization_config=GPTQConfig(bits=4, dataset=["a text"]))
 
 
@@ -109,11 +110,6 @@ def test_gradients_reach_the_activations(originals: dict[str, Path]) -> None:
     model(inputs_embeds=embeddings).logits.sum().backward()
     assert embeddings.grad is not None
     assert embeddings.grad.abs().sum() > 0
-
-
-def test_saving_is_refused_until_it_is_right(originals: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not serializable"):
-        load(originals["llama"]).save_pretrained(tmp_path)
 
 
 def test_forced_kernel(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

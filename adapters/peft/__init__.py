@@ -1,0 +1,48 @@
+"""PEFT: LoRA on packed layers, and on the packed experts of a mixture.
+
+Covered: PEFT 0.21. This module is imported when PEFT is, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from graftq.plugin.hookspecs import hookimpl
+
+OLDEST = (0, 21)
+
+
+@hookimpl
+def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
+    """LoRA's configuration, which layers of other packages can be registered with, and what finds layers to adapt."""
+    if root != "peft":
+        return None
+    from importlib.metadata import version
+
+    found = version("peft")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise RuntimeError(f"peft {found} is older than 0.21, the first that graftq knows")
+    return {
+        "peft.tuners.tuners_utils": _patch_tuners,
+        "peft.tuners.lora.config": _patch_config,
+        "peft.tuners.lora.model": _patch_model,
+    }
+
+
+def _patch_tuners(module: ModuleType) -> None:
+    from graftq.adapters.peft import seams
+
+    seams.patch_tuners(module)
+
+
+def _patch_config(module: ModuleType) -> None:
+    from graftq.adapters.peft import seams
+
+    seams.patch_config(module)
+
+
+def _patch_model(module: ModuleType) -> None:
+    from graftq.adapters.peft import seams
+
+    seams.patch_model(module)

@@ -1,0 +1,123 @@
+"""The four places of PEFT that graftq replaces, each by a thin function around the original.
+
+``LoraConfig._register_custom_module`` is PEFT's own door for foreign layers, but a door in each configuration, and
+one that leads only to modules that PEFT finds by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from graftq.plugin.patching import replace_attribute
+from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.linear import QuantLinear
+
+
+def patch_config(module: ModuleType) -> None:
+    """Register graftq's layers with every LoRA configuration."""
+    replace_attribute(module.LoraConfig, "__post_init__", _register_layers)
+
+
+def patch_model(module: ModuleType) -> None:
+    """Spare the look at a packed layer's weight, which is made at each look."""
+    replace_attribute(module.LoraModel, "_replace_module", _replace_quietly)
+
+
+def patch_tuners(module: ModuleType) -> None:
+    """Let ``target_modules="all-linear"`` and ``target_parameters`` find what is packed."""
+    seams = (
+        (module, "_maybe_include_all_linear_layers", _include_packed_layers),
+        (module.BaseTuner, "_inject_parameters", _inject_into_experts),
+    )
+    if missing := [name for owner, name, _ in seams if name not in vars(owner)]:
+        raise AttributeError(f"{module.__name__} has no {' and '.join(missing)} any more")  # rather none than some
+    for owner, name, make in seams:
+        replace_attribute(owner, name, make)
+
+
+def _register_layers(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        from graftq.adapters.peft.lora import PackedExperts, PackedLinear  # needs PEFT's layers, imported after this
+
+        original(self)
+        self._register_custom_module({QuantLinear: PackedLinear, QuantExperts: PackedExperts})
+
+    return __post_init__
+
+
+def _replace_quietly(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _replace_module(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
+        base = child.get_base_layer() if hasattr(child, "get_base_layer") else child
+        if isinstance(base, QuantLinear):
+            setattr(parent, child_name, new_module)  # the adapter was made on the layer's device
+        else:
+            original(self, parent, child_name, new_module, child)
+
+    return _replace_module
+
+
+def _include_packed_layers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+        asked = getattr(peft_config, "target_modules", None)
+        peft_config = original(peft_config, model)
+        if isinstance(asked, str) and not isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = {*peft_config.target_modules, *_packed_layers(model)}
+        return peft_config
+
+    return _maybe_include_all_linear_layers
+
+
+def _packed_layers(model: Any) -> list[str]:
+    """Packed linear layers but for the head and those of experts, which PEFT adapts as parameters, if at all."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+    return [
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module is not head and not name.startswith(tuple(inside))
+    ]
+
+
+def _inject_into_experts(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    @functools.wraps(original)
+    def _inject_parameters(
+        self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        from accelerate import init_empty_weights
+        from peft.utils import _get_submodules
+
+        from graftq.adapters.peft.lora import parameters_of, wrapper_of
+
+        found = original(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+        wanted = tuple(f".{name}" for name in peft_config.target_parameters)
+        packed = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantExperts)]
+        for name, experts in packed:
+            place = name.replace(".base_layer", "")
+            for parameter in parameters_of(experts):
+                if not f".{place}.{parameter}".endswith(wanted):
+                    continue
+                parent, outermost, leaf = _get_submodules(model, place)
+                self._check_target_module_compatiblity(peft_config, model, leaf)
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._create_and_replace(
+                        peft_config,
+                        adapter_name,
+                        wrapper_of(outermost, parameter) or outermost,
+                        leaf,
+                        parent,
+                        current_key=f"{place}.{parameter}",
+                        parameter_name=parameter,
+                    )
+                found.append(f"{place}.{parameter}")
+        return found
+
+    return _inject_parameters

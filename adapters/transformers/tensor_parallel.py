@@ -1,0 +1,242 @@
+"""Tensor parallelism: each rank keeps its part of every packed layer that the model's ``tp_plan`` shards.
+
+transformers shards a parameter while it loads it, each by itself; the tensors of a packed layer can only be cut
+together (act-order, words that hold several codes). So every rank loads packed layers whole, and cuts them afterwards,
+which takes the memory of the whole packed model for a moment. Everything else transformers shards as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import shard_inputs, shard_outputs
+from graftq.quant_linear.spec import QuantSpec
+
+COLUMN_STYLES = ("colwise", "colwise_gather_output", "colwise_rep")
+GATHERING = ("colwise_gather_output", "colwise_rep")
+ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
+SPLITTING = ("rowwise_split_input", "rowwise_rep")
+EXPERTS_STYLE = "moe_tp_experts"
+WHOLE = "replicate"
+"""The style of a parameter that every rank keeps; older versions skip names that they do not know, to the same end."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank among those that share a layer."""
+
+    rank: int
+    size: int
+    group: Any
+
+    def of(self, width: int) -> tuple[int, int]:
+        """This rank's range of ``width``, as ``torch.chunk`` cuts it."""
+        step = -(-width // self.size)
+        return min(self.rank * step, width), min((self.rank + 1) * step, width)
+
+
+def keep_whole(model: Any) -> None:
+    """Tell transformers, by the model's plan, not to shard packed tensors while it loads them."""
+    plan = getattr(model, "tp_plan", None)
+    if not plan:
+        return
+    for name, module in _packed(model):
+        for own, _ in module.named_parameters(recurse=False):
+            plan[f"{_generic(name)}.{own}"] = WHOLE
+    names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
+    stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
+    for name in stacked - names:
+        plan.pop(name, None)  # no experts module has this weight any more
+
+
+def shard(model: Any) -> bool:
+    """Leave each packed layer that the plan shards only this rank's part, before kernels are chosen.
+
+    Returns:
+        Whether the model is distributed, and thus not whole in this process.
+
+    Raises:
+        ValueError: naming the layer and what it cannot be cut by.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    mesh = getattr(model, "_device_mesh", None)
+    if config is None or mesh is None:
+        return False
+    for name, module in _packed(model):
+        if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+            raise ValueError(f"{name} is packed, and only tensor parallelism by the model's own plan can distribute it")
+    for kind in ("ep_size", "fsdp_size", "pp_size"):
+        if (getattr(config, kind, 1) or 1) > 1:
+            raise ValueError(f"{kind}={getattr(config, kind)}: of packed models, only tensor parallelism is supported")
+    if (config.tp_size or 1) > 1:
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        part = Part(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+        for name, module in list(_packed(model)):
+            style = model.tp_plan.get(_generic(name))
+            if style is not None:
+                model.set_submodule(name, _cut(name, module, style, part))
+    return True
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, QuantLinear | QuantExperts]]:
+    """Packed linear layers, and experts as a whole."""
+    for name, child in model.named_children():
+        if isinstance(child, (QuantLinear, QuantExperts)):
+            yield name, child
+        else:
+            yield from ((f"{name}.{below}", module) for below, module in _packed(child))
+
+
+def _generic(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _stacked(module: QuantLinear | QuantExperts) -> tuple[str, ...]:
+    return ("gate_up_proj", "up_proj", "down_proj") if isinstance(module, QuantExperts) else ()
+
+
+def _cut(name: str, module: QuantLinear | QuantExperts, style: str, part: Part) -> nn.Module:
+    try:
+        if isinstance(module, QuantExperts) and style == EXPERTS_STYLE:
+            return _cut_experts(module, part)
+        if isinstance(module, QuantLinear) and style in COLUMN_STYLES:
+            return _cut_outputs(module, style in GATHERING, part)
+        if isinstance(module, QuantLinear) and style in ROW_STYLES:
+            return _cut_inputs(module, style in SPLITTING, part)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be cut for {part.size} ranks: {error}") from error
+    if isinstance(module, QuantLinear) and style == WHOLE:
+        return module
+    known = (*COLUMN_STYLES, *ROW_STYLES, EXPERTS_STYLE)
+    raise ValueError(f"{name} is packed, and cannot be sharded by {style!r}; only by {', '.join(known)}")
+
+
+def _cut_outputs(layer: QuantLinear, gather: bool, part: Part) -> QuantLinear:
+    if gather and layer.out_features % part.size:
+        raise ValueError(f"{layer.out_features} outputs are to be gathered from parts of equal size")
+    shard = shard_outputs(layer.release(), layer.spec, *part.of(layer.out_features))
+    cut = _layer(shard, layer)
+    cut.register_forward_pre_hook(lambda _, args: (_Shared.apply(args[0], part.group), *args[1:]))
+    if gather:
+        cut.register_forward_hook(lambda _, args, output: _Gathered.apply(output, part.group, part.rank, part.size))
+    return cut
+
+
+def _cut_inputs(layer: QuantLinear, split: bool, part: Part) -> QuantLinear:
+    start, stop = part.of(layer.in_features)
+    tensors = layer.release()
+    cut = _layer(shard_inputs(tensors, layer.spec, start, stop, keep_bias=part.rank == 0), layer)
+    if split:
+        cut.register_forward_pre_hook(
+            lambda _, args: (_Shared.apply(args[0], part.group)[..., start:stop], *args[1:]),
+        )
+    cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
+    return cut
+
+
+def _layer(shard: tuple[GptqTensors, QuantSpec], like: QuantLinear) -> QuantLinear:
+    tensors, spec = shard
+    return QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
+
+
+def _cut_experts(experts: QuantExperts, part: Part) -> QuantExperts:
+    """Every expert on every rank, with a part of its intermediate features."""
+    if experts.post_expert_norm is not None:
+        raise ValueError("its experts' outputs are normalised, which wants them whole")
+    width = experts.spec.of("down_proj")[0].in_features
+    start, stop = part.of(width)
+    up_bias: Any = experts.up_bias
+    down_bias: Any = None if part.rank else experts.down_bias
+    if up_bias is not None:
+        if experts.spec.is_gated and experts.spec.is_concatenated:
+            up_bias = torch.cat((up_bias[:, start:stop], up_bias[:, width + start : width + stop]), dim=1)
+        else:
+            ratio = 2 if experts.spec.is_gated else 1
+            up_bias = up_bias[:, ratio * start : ratio * stop].contiguous()
+    cut = QuantExperts(
+        [_cut_expert(experts, number, start, stop, part.rank == 0) for number in range(experts.num_experts)],
+        experts._choose,
+        experts.activate,
+        is_concatenated=experts.spec.is_concatenated,
+        up_bias=None if up_bias is None else (experts._bias_names[0] or "", nn.Parameter(up_bias)),
+        down_bias=None if down_bias is None else (experts._bias_names[1] or "", down_bias),
+    )
+    cut.register_forward_pre_hook(
+        lambda _, args: (_Shared.apply(args[0], part.group), args[1], _Shared.apply(args[2], part.group))
+    )
+    cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
+    return cut
+
+
+def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_first: bool) -> QuantExpert:
+    layers: dict[str, QuantLinear] = {}
+    expert: Any = experts.get_submodule(str(number))
+    for name, layer in expert.named_children():
+        tensors, spec = layer.release(), layer.spec
+        if name == "down_proj":
+            shards = {name: shard_inputs(tensors, spec, start, stop, keep_bias=is_first)}
+        elif name == "gate_up_proj" and experts.spec.is_concatenated:
+            half = spec.out_features // 2
+            shards = {
+                "gate_proj": shard_outputs(tensors, spec, start, stop),
+                "up_proj": shard_outputs(tensors, spec, half + start, half + stop),
+            }
+        else:
+            ratio = 2 if name == "gate_up_proj" else 1
+            shards = {name: shard_outputs(tensors, spec, ratio * start, ratio * stop)}
+        layers.update({own: _layer(shard, layer) for own, shard in shards.items()})
+    return QuantExpert(layers)
+
+
+class _Shared(torch.autograd.Function):
+    """An input that every rank has, and uses for its own part: the gradients of the parts add up."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Summed(torch.autograd.Function):
+    """Parts of an output that add up to the whole, which every rank gets."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Gathered(torch.autograd.Function):
+    """Parts of an output side by side, on every rank."""
+
+    @staticmethod
+    def forward(ctx, x, group, rank, size):
+        ctx.range = (rank * x.shape[-1], (rank + 1) * x.shape[-1])
+        parts = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        start, stop = ctx.range
+        return grad[..., start:stop], None, None, None

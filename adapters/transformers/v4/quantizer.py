@@ -1,0 +1,153 @@
+"""graftq's ``HfQuantizer`` for transformers 4: what that calls, step by step, while it loads a GPTQ checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from graftq.adapters.transformers import loading
+from graftq.adapters.transformers.shared import bind, empty_linear, essential_prefixes
+from graftq.adapters.transformers.v4.experts import fuse_experts
+from graftq.plugin.config import QuantConfig
+from graftq.quant_linear.checkpoint import CheckpointIndex, TensorInfo, torch_dtypes
+from graftq.quant_linear.checks import check_values, spec_from_headers
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A quantised projection: its name in the files, its tensors by suffix, its description."""
+
+    stored: str
+    infos: Mapping[str, TensorInfo]
+    spec: QuantSpec
+
+
+def replace_stock(stock: type[HfQuantizer]) -> type[HfQuantizer]:
+    """The class to register in the place of ``stock``, which quantising is left to."""
+    GptqHfQuantizer.stock = stock
+    return GptqHfQuantizer
+
+
+class GptqHfQuantizer(HfQuantizer):
+    """Loads a GPTQ checkpoint: packed layers in place of the model's linear ones, before the weights come.
+
+    Asked for a model that is yet to be quantised, it gives an instance of the stock class instead.
+    """
+
+    stock: ClassVar[type[HfQuantizer]]
+    requires_calibration = False
+    requires_parameters_quantization = False
+
+    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Defer to ``stock`` unless the model is quantised; copying and unpickling pass no arguments."""
+        if kwargs.get("pre_quantized", True):
+            return super().__new__(cls)
+        return cls.stock(quantization_config, **kwargs)
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        # Needed from the skeleton to the last weight, then dropped.
+        self._plan: dict[str, Projection] = {}
+        self._unplaced: list[str] = []
+        self._index = CheckpointIndex({})
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed; but a model class called directly has its parameters read here."""
+        current = loading.current()
+        if current is not None and current.source is not None and current.config is None:
+            where = current.source.describe("config.json")
+            current.method = "gptq"
+            current.config = QuantConfig.from_dict(self.quantization_config.to_dict(), where)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        current = loading.current()
+        if current is None or current.index is None or current.config is None:
+            raise CheckpointError("a GPTQ model is loaded from files; from_pretrained(state_dict=...) is not supported")
+        self._index = current.index
+        self._place(model, current.config, current.arguments.get("key_mapping"))
+        for target, values in self._index.read_small({target: one.infos for target, one in self._plan.items()}):
+            one = self._plan[target]
+            declared = current.config.for_module(one.stored)
+            self._plan[target] = replace(one, spec=check_values(one.stored, one.infos, one.spec, declared, values))
+        for target, one in self._plan.items():
+            model.set_submodule(target, empty_linear(one.spec, one.infos, model.dtype))
+        # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
+        idle = [target for target, one in self._plan.items() if "bias" in one.infos and not one.spec.has_bias]
+        patterns = {re.sub(r"\d+", r"\\d+", re.escape(f"{target}.bias")) for target in idle}
+        model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *patterns]
+
+    def _place(self, model: Any, config: QuantConfig, key_mapping: Mapping[str, str] | None) -> None:
+        """Find the linear layer that each projection is, by the names that transformers' loader will use."""
+        names, prefix = list(self._index.tensors), model.base_model_prefix
+        stored_base = bool(prefix) and any(name.startswith(prefix) for name in names)
+        model_base = bool(prefix) and hasattr(model, prefix)
+        renamed = model._get_key_renaming_mapping(
+            names, key_mapping, stored_base and not model_base, model_base and not stored_base
+        )
+        modules = dict(model.named_modules())
+        for stored, infos in self._index.projections().items():
+            first = next(iter(infos))
+            target = renamed.get(f"{stored}.{first}", "").removesuffix(f".{first}")
+            layer = modules.get(target)
+            if not isinstance(layer, (nn.Linear, Conv1D)):
+                self._unplaced.append(stored)
+                continue
+            n, k = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
+            has_bias = layer.bias is not None
+            spec = spec_from_headers(stored, infos, config.for_module(stored), k, n, has_bias)
+            self._plan[target] = Projection(stored, infos, spec)
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raise where transformers would fill a hole in the model with random numbers and a warning.
+
+        Raises:
+            CheckpointError: naming the weight.
+        """
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        for name in missing_keys:
+            if name.startswith(essential_prefixes(model)) and not any(re.search(known, name) for known in ignored):
+                file = next(iter(self._index.tensors.values())).file if self._index.tensors else None
+                lost = f"; packed tensors without a place: {', '.join(self._unplaced[:3])}" if self._unplaced else ""
+                raise CheckpointError(f"no tensor in the checkpoint for this weight{lost}", file=file, module=name)
+        return missing_keys
+
+    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str | None = None) -> list[str]:
+        """Keep quiet about the biases of zeros; newer versions pass no ``prefix``, and load what is not listed here."""
+        if prefix is None:
+            return unexpected_keys
+        return [name for name in unexpected_keys if name.removesuffix(".bias") not in self._plan]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._restore_scales(model)
+        dtype = model.dtype
+        fuse_experts(model)
+        bind(model, dtype)
+        self._plan, self._unplaced, self._index = {}, [], CheckpointIndex({})
+
+    def _restore_scales(self, model: Any) -> None:
+        """Read those scales again that transformers has rounded to the model's dtype."""
+        known = torch_dtypes()
+        rounded = {}
+        for target, one in self._plan.items():
+            info, scales = one.infos["scales"], model.get_parameter(f"{target}.scales")
+            if scales.dtype != known[info.dtype] and not scales.is_meta:
+                rounded[info.name] = scales
+        for name, tensor in self._index.read(rounded):
+            rounded[name].data = tensor.to(rounded[name].device, copy=True)
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        """Not yet: transformers refuses ``save_pretrained`` for these models."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Not yet."""
+        return False
