@@ -1,0 +1,29 @@
+"""text-generation-inference's Python server: ``--quantize gptq`` runs on graftq's layers, on GPUs and CPUs.
+
+This module is imported when ``text_generation_server`` is, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from graftq.plugin.hookspecs import hookimpl
+
+ROOT = "text_generation_server"
+
+
+@hookimpl
+def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
+    """The modules that choose a loader, load weights, run experts, and fall back on transformers."""
+    if root != ROOT:
+        return None
+    return {
+        f"{ROOT}.{name}": _patch for name in ("models.causal_lm", "utils.quantization", "layers.gptq", "layers.moe")
+    }
+
+
+def _patch(module: ModuleType) -> None:
+    from graftq.adapters.tgi import patches
+
+    patches.PATCHES[module.__name__.removeprefix(f"{ROOT}.")](module)

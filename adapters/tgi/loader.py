@@ -1,0 +1,246 @@
+"""The server's weights loader for GPTQ: whole projections from the files, cut for this rank, packed as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftq.adapters.tgi.checkpoint import Checkpoint
+from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.checks import check_values, spec_from_headers
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import join_outputs, shard_inputs, shard_outputs
+from graftq.quant_linear.spec import QuantSpec
+
+Part = tuple[GptqTensors, QuantSpec]
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection as stored, on the CPU; ``lost_bias`` names a bias in the files that has values other than zero."""
+
+    tensors: GptqTensors
+    spec: QuantSpec
+    lost_bias: str | None
+
+
+class PackedLoader:
+    """To be mixed into ``GPTQWeightsLoader``, in front of it: every method is the stock one for what is not GPTQ.
+
+    The files decide what is quantised, layer by layer: ``modules_to_not_convert`` and ``dynamic`` need no reading.
+
+    Attributes:
+        checkpoint: What is being loaded; None where the stock loader does it.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.checkpoint: Checkpoint | None = None
+        self._ready: set[tuple[QuantSpec, torch.dtype]] = set()
+        if kwargs["quantize"] == kwargs["quant_method"] == "gptq":
+            from text_generation_server.utils import weight_files
+
+            from graftq.adapters.tgi.patches import asked_for
+
+            model_id, revision = asked_for.get()
+            files = weight_files(model_id, revision=revision, extension=".safetensors")
+            self.checkpoint = Checkpoint.open(model_id, revision, sorted(map(str, files)))
+
+    def get_weights(self, weights: Any, prefix: str) -> Any:
+        """The whole projection."""
+        if self.checkpoint is None:
+            return super().get_weights(weights, prefix)  # type: ignore[misc]
+        if not self.is_packed(weights, prefix):
+            return _plain().get_weights(weights, prefix)
+        one = self.read(weights, prefix)
+        return self._weight(weights, [(one.tensors, one.spec)], one.lost_bias)
+
+    def get_weights_col_packed(self, weights: Any, prefix: str, block_sizes: int | list[int]) -> Any:
+        """This rank's share of every block of outputs of a projection that several were packed into."""
+        if self.checkpoint is None:
+            return super().get_weights_col_packed(weights, prefix, block_sizes)  # type: ignore[misc]
+        if not self.is_packed(weights, prefix):
+            return _plain().get_weights_col_packed(weights, prefix, block_sizes)
+        from text_generation_server.utils.weights import _blocks_to_block_sizes
+
+        one = self.read(weights, prefix)
+        ranges, offset = [], 0
+        for size in _blocks_to_block_sizes(total_size=one.spec.out_features, blocks=block_sizes):
+            start, stop = share(prefix, size, weights.process_group)
+            ranges.append((offset + start, offset + stop))
+            offset += size
+        return self._weight(weights, columns(one, ranges), one.lost_bias)
+
+    def get_multi_weights_col(self, weights: Any, prefixes: Sequence[str], dim: int) -> Any:
+        """This rank's share of the outputs of several projections, side by side."""
+        if self.checkpoint is None:
+            return super().get_multi_weights_col(weights, prefixes, dim)  # type: ignore[misc]
+        if not any(self.is_packed(weights, prefix) for prefix in prefixes):
+            return _plain().get_multi_weights_col(weights, prefixes, dim)
+        parts: list[Part | Any] = []
+        lost = None
+        for prefix in prefixes:
+            if not self.is_packed(weights, prefix):
+                parts.append(_plain().get_multi_weights_col(weights, [prefix], dim))
+                continue
+            one = self.read(weights, prefix)
+            lost = lost or one.lost_bias
+            parts += columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
+        return self._weight(weights, parts, lost)
+
+    def get_weights_row(self, weights: Any, prefix: str) -> Any:
+        """This rank's share of the inputs: its product is one of the terms that the ranks add up."""
+        if self.checkpoint is None:
+            return super().get_weights_row(weights, prefix)  # type: ignore[misc]
+        if not self.is_packed(weights, prefix):
+            return _plain().get_weights_row(weights, prefix)
+        one = self.read(weights, prefix)
+        lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the others leave the bias to the first
+        return self._weight(weights, [self.rows(weights, prefix, one)], lost)
+
+    def rows(self, weights: Any, prefix: str, one: Projection) -> Part:
+        """This rank's share of the inputs, on the CPU."""
+        start, stop = share(prefix, one.spec.in_features, weights.process_group)
+        if stop - start == one.spec.in_features:
+            return one.tensors, one.spec
+        return shard_inputs(one.tensors, one.spec, start, stop, keep_bias=False)
+
+    def is_packed(self, weights: Any, prefix: str) -> bool:
+        """Whether the files have this projection quantised.
+
+        Raises:
+            CheckpointError: if they do not have it at all.
+        """
+        if any(weights.has_tensor(f"{prefix}.{suffix}") for suffix in ("qweight", "qzeros")):
+            return True
+        if weights.has_tensor(f"{prefix}.weight"):
+            return False
+        assert self.checkpoint is not None
+        raise CheckpointError(
+            "no tensor in the checkpoint for this weight", file=self.checkpoint.file, module=f"{prefix}.weight"
+        )
+
+    def read(self, weights: Any, prefix: str) -> Projection:
+        """A projection from the files, checked.
+
+        Raises:
+            CheckpointError: naming file, module and reason.
+        """
+        assert self.checkpoint is not None
+        present = "qweight" if weights.has_tensor(f"{prefix}.qweight") else "qzeros"
+        stored = weights.get_filename(f"{prefix}.{present}")[1].removesuffix(f".{present}")
+        infos = self.checkpoint.projections[stored]
+        declared = self.checkpoint.require_config(weights).for_module(stored)
+        spec = spec_from_headers(stored, infos, declared)
+        values = {suffix: weights.get_tensor(f"{prefix}.{suffix}", to_device=False, to_dtype=False) for suffix in infos}
+        bias = values.pop("bias", None)
+        spec = check_values(stored, infos, spec, declared, values)
+        lost = f"{stored}.bias" if bias is not None and bias.any() else None
+        return Projection(GptqTensors(**values), spec, lost)
+
+    def _weight(self, weights: Any, parts: Sequence[Part | Any], lost_bias: str | None) -> PackedWeight:
+        return PackedWeight(self, parts, weights.device, weights.dtype, lost_bias)
+
+    def refuse_lost_bias(self, name: str | None) -> None:
+        """Raise for a bias that the model's code does not ask for."""
+        if name is not None:
+            assert self.checkpoint is not None
+            reason = "non-zero bias, but the model's layer has none"
+            raise CheckpointError(reason, file=self.checkpoint.index.tensors[name].file, module=name)
+
+    def make_linear(self, part: Part, device: torch.device, dtype: torch.dtype) -> QuantLinear:
+        """A layer on ``device``, ready to run: repacked for its kernel, which has compiled and has its workspace."""
+        tensors, spec = part
+        moved = {name: tensor.to(device) for name, tensor in vars(tensors).items() if tensor is not None}
+        layer = QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, dtype)
+        layer.bind(device.type, dtype)
+        if device.type != "cpu" and (spec, dtype) not in self._ready:
+            self._ready.add((spec, dtype))
+            layer(torch.zeros(1, spec.in_features, device=device, dtype=dtype))
+        return layer
+
+
+@dataclass
+class PackedWeight:
+    """What the loader gives the server's layers: projections side by side, packed, or plain as the server has them."""
+
+    loader: PackedLoader
+    parts: Sequence[Part | Any]
+    device: torch.device
+    dtype: torch.dtype
+    lost_bias: str | None
+
+    def get_linear(self, bias: torch.Tensor | None) -> nn.Module:
+        """The layer that computes all of them.
+
+        Raises:
+            CheckpointError: if the files have a bias that the model has not.
+        """
+        if bias is None:
+            self.loader.refuse_lost_bias(self.lost_bias)
+        parts: list[Part | Any] = []
+        for is_packed, group in groupby(self.parts, lambda part: isinstance(part, tuple)):
+            run = list(group)
+            parts += join_outputs(run) if is_packed else run
+        widths = [part[1].out_features if isinstance(part, tuple) else part.weight.shape[0] for part in parts]
+        biases = [None] * len(parts) if bias is None else bias.split(widths)
+        layers = [
+            self.loader.make_linear(_with_bias(part, own), self.device, self.dtype)
+            if isinstance(part, tuple)
+            else part.get_linear(own)
+            for part, own in zip(parts, biases, strict=True)
+        ]
+        return layers[0] if len(layers) == 1 else SideBySide(layers)
+
+
+class SideBySide(nn.Module):
+    """Layers of the same input whose outputs are one; for projections that differ in the order of their rows."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From [..., inputs] to [..., all outputs]."""
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
+def share(name: str, size: int, process_group: Any) -> Range:
+    """This rank's part of ``size`` inputs or outputs.
+
+    Raises:
+        ValueError: if it cannot be divided evenly.
+    """
+    ranks = process_group.size()
+    if size % ranks:
+        raise ValueError(f"{name}: {size} cannot be divided among {ranks} shards")
+    return process_group.rank() * size // ranks, (process_group.rank() + 1) * size // ranks
+
+
+def columns(one: Projection, ranges: Sequence[Range]) -> list[Part]:
+    """The given outputs of a projection, which is not copied where they are all of it."""
+    edges = [edge for start_stop in ranges for edge in start_stop]
+    if edges[0] == 0 and edges[-1] == one.spec.out_features and edges[1:-1:2] == edges[2:-1:2]:
+        return [(one.tensors, one.spec)]
+    return [shard_outputs(one.tensors, one.spec, start, stop) for start, stop in ranges]
+
+
+def _with_bias(part: Part, bias: torch.Tensor | None) -> Part:
+    tensors, spec = part
+    if bias is None:
+        return part
+    return replace(tensors, bias=bias.contiguous()), replace(spec, stored_bias=bias.shape[0])
+
+
+def _plain() -> Any:
+    from text_generation_server.utils.weights import DefaultWeightsLoader, UnquantizedWeight
+
+    return DefaultWeightsLoader(UnquantizedWeight)

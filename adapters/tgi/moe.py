@@ -1,0 +1,96 @@
+"""The experts of a sparse layer on the flash path, in the place of the server's own fused layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from graftq.adapters.tgi.loader import Part, columns, share
+from graftq.adapters.tgi.routing import choose_experts
+from graftq.plugin.manager import choose_experts_kernel, choose_kernel
+from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.linear import QuantLinear
+
+
+class PackedMoE(nn.Module):
+    """What the server's ``SparseMoELayer`` holds: ``down(silu(gate(x)) * up(x))`` of each token's experts, weighted.
+
+    With several ranks each has its share of every expert, and the model adds the results up. The arguments are
+    those of ``SparseMoELayer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_expert_group: int | None,
+        n_experts: int,
+        prefix: str,
+        renormalize: bool,
+        topk: int,
+        topk_group: int | None,
+        weights: Any,
+        scoring_func: str | None = "softmax",
+        e_score_correction_bias: torch.Tensor | None = None,
+        gate_proj_name: str = "gate_proj",
+        up_proj_name: str = "up_proj",
+        down_proj_name: str = "down_proj",
+    ):
+        super().__init__()
+        if (n_expert_group is None) != (topk_group is None):
+            raise ValueError("n_expert_group and topk_group: both or neither")
+        self.routing: dict[str, Any] = {
+            "top_k": topk,
+            "renormalize": renormalize,
+            "scoring": scoring_func or "softmax",
+            "correction_bias": e_score_correction_bias,
+            "groups": n_expert_group,
+            "top_groups": topk_group,
+        }
+        names = {"gate_proj": gate_proj_name, "up_proj": up_proj_name, "down_proj": down_proj_name}
+        experts = [
+            QuantExpert({ours: _projection(weights, f"{prefix}.{number}.{name}", ours) for ours, name in names.items()})
+            for number in range(n_experts)
+        ]
+        self.experts = QuantExperts(experts, choose_experts_kernel, _silu_and_multiply)
+        self.experts.bind(weights.device.type, weights.dtype)
+        if weights.device.type != "cpu":  # kernels compile, and workspaces are allocated, before memory is given away
+            hidden = self.experts.spec.of("down_proj")[0].out_features
+            states = torch.zeros(1, hidden, device=weights.device, dtype=weights.dtype)
+            self(states, gating_output=torch.zeros(1, n_experts, device=weights.device))
+
+    def forward(self, x: torch.Tensor, *, gating_output: torch.Tensor) -> torch.Tensor:
+        """Run the chosen experts.
+
+        Args:
+            x: [tokens, hidden].
+            gating_output: The router's logits, [tokens, experts].
+
+        Returns:
+            [tokens, hidden]: this rank's term of the sum.
+        """
+        index, expert_weights = choose_experts(gating_output, **self.routing)
+        return self.experts(x, index, expert_weights)
+
+
+def _projection(weights: Any, prefix: str, role: str) -> QuantLinear:
+    """This rank's share of one expert's projection, as stored; the experts are repacked together."""
+    loader = weights.loader
+    one = loader.read(weights, prefix)
+    loader.refuse_lost_bias(one.lost_bias)
+    part: Part
+    if role == "down_proj":
+        part = loader.rows(weights, prefix, one)
+    else:
+        (part,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
+    tensors, spec = part
+    moved = {name: tensor.to(weights.device) for name, tensor in vars(tensors).items() if tensor is not None}
+    return QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, weights.dtype)
+
+
+def _silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
