@@ -113,6 +113,19 @@ class PackedLoader:
             return one.tensors, one.spec
         return shard_inputs(one.tensors, one.spec, start, stop, keep_bias=False)
 
+    def _get_gptq_params(self, weights: Any) -> None:
+        """Asked here by the first Santacoder's own loading alone, which takes every checkpoint for 4 bits and v1.
+
+        Raises:
+            CheckpointError: for any other.
+        """
+        super()._get_gptq_params(weights)  # type: ignore[misc]
+        if self.checkpoint is not None:
+            declared = self.checkpoint.require_config(weights).declared
+            if declared.bits not in (None, 4) or declared.zero_offset != 1:
+                reason = "the server reads this model's c_attn as 4 bits and gptq (v1), and the configuration differs"
+                raise CheckpointError(reason, file=self.checkpoint.file)
+
     def is_packed(self, weights: Any, prefix: str) -> bool:
         """Whether the files have this projection quantised.
 

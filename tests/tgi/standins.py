@@ -140,6 +140,9 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
         def get_weights_row(self, weights, prefix):
             return "stock"
 
+        def _get_gptq_params(self, weights):
+            pass
+
     class SparseMoELayer(torch.nn.Module):
         def __init__(self, *, prefix, weights, **kwargs):
             super().__init__()

@@ -258,6 +258,23 @@ def test_a_share_that_cannot_be_is_refused(changed: Path) -> None:
             weights.loader.get_weights_col(weights, f"{ATTENTION}.q_proj")
 
 
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [({}, True), ({"checkpoint_format": "gptq_v2"}, False), ({"bits": 8}, False)],
+    ids=["4 bits v1", "v2", "8 bits"],
+)
+def test_santacoders_own_loading(changes: dict[str, Any], taken: bool, changed: Path) -> None:
+    edit_config(changed, **changes)
+    with installed(changed) as server:
+        loader = make_loader(server, changed)
+        weights = Weights(changed / "model.safetensors", loader)
+        if taken:
+            loader._get_gptq_params(weights)
+        else:
+            with pytest.raises(CheckpointError, match=r"c_attn as 4 bits and gptq \(v1\)"):
+                loader._get_gptq_params(weights)
+
+
 def test_parameters_among_the_tensors(changed: Path) -> None:
     def state_them(state: dict[str, torch.Tensor]) -> None:
         state.update(gptq_bits=torch.tensor(4), gptq_groupsize=torch.tensor(32), gptq_sym=torch.tensor(True))
