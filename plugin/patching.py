@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from contextlib import contextmanager
 from typing import Any
 
 _undo: list[Callable[[], None]] = []
@@ -40,10 +41,20 @@ def append(sequence: MutableSequence[Any], item: Any) -> None:
         _undo.append(lambda: sequence.remove(item))
 
 
-def undo_all() -> None:
-    """Put every original back, last replaced first."""
-    while _undo:
+def undo_all(down_to: int = 0) -> None:
+    """Put originals back, last replaced first, until ``down_to`` replacements are left."""
+    while len(_undo) > down_to:
         _undo.pop()()
+
+
+@contextmanager
+def undoing() -> Iterator[None]:
+    """At the end, put back what was replaced meanwhile."""
+    before = len(_undo)
+    try:
+        yield
+    finally:
+        undo_all(before)
 
 
 def _mark(replacement: Any) -> Any:

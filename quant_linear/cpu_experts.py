@@ -132,6 +132,7 @@ class CpuExperts:
         """Stacks of nibbles."""
         return Int4ExpertsLayout(spec)
 
+    @torch.amp.autocast("cpu", enabled=False)  # which would refuse to join float16 tensors
     def experts(
         self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

@@ -205,10 +205,10 @@ def installed(model: Path) -> Iterator[Mapping[str, ModuleType]]:
     made = modules(model)
     sys.modules.update(made)
     try:
-        for name, patch in (graftq_seams("text_generation_server") or {}).items():
-            patch(made[name])
-        yield made
+        with patching.undoing():
+            for name, patch in (graftq_seams("text_generation_server") or {}).items():
+                patch(made[name])
+            yield made
     finally:
-        patching.undo_all()
         for name in made:
             del sys.modules[name]
