@@ -75,6 +75,8 @@ class CpuProvider:
 
         Differentiable in ``x``. Raises RuntimeError for a last dimension that is not ``in_features``.
         """
+        if torch.is_autocast_enabled("cpu"):  # as for any other linear layer: operators next to it rely on it
+            x = x.to(torch.get_autocast_dtype("cpu"))
         rows = x if x.dim() == 2 else x.reshape(-1, spec.in_features)
         if rows.shape[1] != spec.in_features:
             raise RuntimeError(f"an input of width {rows.shape[1]} for a layer of {spec.in_features} inputs")
