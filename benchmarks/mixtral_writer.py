@@ -69,7 +69,7 @@ def write(
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "quantize_config.json").write_text(json.dumps(parameters, indent=2))
-    shapes = {(n, k) for _, n, k in _modules(0, hidden, intermediate)}
+    shapes = {(n, k) for together in _modules(0, hidden, intermediate) for _, n, k in together}
     words = {(n, k): _random_words(n, k, bits, torch.Generator().manual_seed(n + k)) for n, k in sorted(shapes)}
     weight_map, total = {}, 0
 
@@ -77,9 +77,13 @@ def write(
         generator = torch.Generator().manual_seed(shard)
         tensors: dict[str, torch.Tensor] = {}
         for layer in range(layers * shard // shards, layers * (shard + 1) // shards):
-            for module, n, k in _modules(layer, hidden, intermediate):
-                own = _shuffled(words[n, k], bits, generator)
-                tensors.update(_packed(module, own, k, bits, group_size, desc_act, generator))
+            for together in _modules(layer, hidden, intermediate):
+                k = together[0][2]
+                order = torch.randperm(k, generator=generator) if desc_act else torch.arange(k)
+                g_idx = (order // (k if group_size == -1 else group_size)).to(torch.int32)
+                for module, n, _ in together:
+                    own = _shuffled(words[n, k], bits, generator)
+                    tensors.update(_packed(module, own, g_idx, bits))
             prefix = f"model.layers.{layer}"
             tensors[f"{prefix}.block_sparse_moe.gate.weight"] = _normal(EXPERTS, hidden, generator)
             for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -102,14 +106,15 @@ def write(
     return total
 
 
-def _modules(layer: int, hidden: int, intermediate: int) -> Iterator[tuple[str, int, int]]:
+def _modules(layer: int, hidden: int, intermediate: int) -> Iterator[list[tuple[str, int, int]]]:
+    """Name, outputs and inputs of the projections; those with one input come together: they share their act-order."""
     prefix, narrow = f"model.layers.{layer}", max(hidden // 512, 1) * 128
-    for name, n in (("q_proj", hidden), ("k_proj", narrow), ("v_proj", narrow), ("o_proj", hidden)):
-        yield f"{prefix}.self_attn.{name}", n, hidden
+    attention, experts = f"{prefix}.self_attn", f"{prefix}.block_sparse_moe.experts"
+    yield [(f"{attention}.{name}_proj", n, hidden) for name, n in (("q", hidden), ("k", narrow), ("v", narrow))]
+    yield [(f"{attention}.o_proj", hidden, hidden)]
     for expert in range(EXPERTS):
-        yield f"{prefix}.block_sparse_moe.experts.{expert}.w1", intermediate, hidden
-        yield f"{prefix}.block_sparse_moe.experts.{expert}.w3", intermediate, hidden
-        yield f"{prefix}.block_sparse_moe.experts.{expert}.w2", hidden, intermediate
+        yield [(f"{experts}.{expert}.{name}", intermediate, hidden) for name in ("w1", "w3")]
+        yield [(f"{experts}.{expert}.w2", hidden, intermediate)]
 
 
 def _random_words(n: int, k: int, bits: int, generator: torch.Generator) -> torch.Tensor:
@@ -129,12 +134,9 @@ def _shuffled(words: torch.Tensor, bits: int, generator: torch.Generator) -> tor
     return torch.cat((words[block:], words[:block]))[:, permutation]
 
 
-def _packed(
-    module: str, words: torch.Tensor, k: int, bits: int, group_size: int, desc_act: bool, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    n = words.shape[1]
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    order = torch.randperm(k, generator=generator) if desc_act else torch.arange(k)
+def _packed(module: str, words: torch.Tensor, g_idx: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    n, k = words.shape[1], len(g_idx)
+    groups = int(g_idx.max()) + 1
     levels = 2**bits - 1
     spread = (k * (levels**2 - 1) / 12) ** -0.5  # the variance of `levels` uniform codes is (levels^2 - 1) / 12
     scales = torch.full((groups, n), spread, dtype=torch.float16)
@@ -145,7 +147,7 @@ def _packed(
         f"{module}.qweight": words,
         f"{module}.qzeros": pattern.to(torch.int32).repeat(groups, n // 32),
         f"{module}.scales": scales,
-        f"{module}.g_idx": (order // (k if group_size == -1 else group_size)).to(torch.int32),
+        f"{module}.g_idx": g_idx.clone(),  # files hold no tensor twice
     }
 
 

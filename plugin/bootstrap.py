@@ -8,27 +8,20 @@ real work left to the moment a framework is imported.
 from __future__ import annotations
 
 import logging
-import os
-
-SWITCH = "GRAFTQ_DISABLE"
-
-
-def disabled() -> bool:
-    """Whether the user has switched graftq off (``GRAFTQ_DISABLE`` set to anything but "" or "0")."""
-    return os.environ.get(SWITCH, "") not in ("", "0")
 
 
 def autoload() -> None:
     """Put the import hook in place; called by ``import torch``, any number of times."""
     try:
-        if not disabled():
+        from graftq.plugin import switches
+
+        if not switches.disabled():
             from graftq.plugin import import_hooks
 
             import_hooks.install()
     except Exception as error:
         logging.getLogger("graftq").warning(
-            "graftq could not start: %s: %s. Nothing is taken over; %s=1 silences this.",
+            "graftq could not start: %s: %s. Nothing is taken over; GRAFTQ_DISABLE=1 silences this.",
             type(error).__name__,
             error,
-            SWITCH,
         )

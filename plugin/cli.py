@@ -41,11 +41,11 @@ def _doctor() -> bool:
 
 
 def _inspect(checkpoint: str, revision: str | None) -> bool:
-    from graftq.plugin import inspection
+    from graftq.plugin import inspection, inspection_report
     from graftq.plugin.source import Source
 
     found = inspection.inspect(Source(checkpoint, {"revision": revision} if revision else {}))
-    _print(inspection.report(found))
+    _print(inspection_report.report(found))
     return bool(found.errors)
 
 

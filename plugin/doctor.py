@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING
 
-from graftq.plugin import bootstrap, faults, import_hooks, machine
+from graftq.plugin import faults, import_hooks, machine, switches
 from graftq.quant_linear.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ DISTRIBUTIONS = (
     "text-generation-server",
 )
 TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-SWITCHES = (bootstrap.SWITCH, "GRAFTQ_KERNEL", "GRAFTQ_AUTO_GPTQ", TORCH_SWITCH)
+SWITCHES = (switches.DISABLE, switches.KERNEL, switches.AUTO_GPTQ, switches.VLLM, TORCH_SWITCH)
 
 TYPICAL = QuantSpec(
     bits=4,
@@ -97,8 +97,8 @@ def _taken_over(root: str) -> str:
     spec = importlib.util.find_spec(root)
     if spec is None:
         return "not installed"
-    if bootstrap.disabled():
-        return f"nothing: {bootstrap.SWITCH} is set"
+    if switches.disabled():
+        return f"nothing: {switches.DISABLE} is set"
     finder = import_hooks.finder()
     if finder is None:
         return f"nothing: torch did not call graftq ({TORCH_SWITCH}=0?)"

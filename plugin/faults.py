@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from graftq.plugin.bootstrap import SWITCH
+from graftq.plugin.switches import DISABLE
 
 logger = logging.getLogger("graftq")
 
@@ -16,5 +16,5 @@ def record(what: str, error: BaseException) -> None:
     """Warn, once for each cause, that ``what`` failed, and how to switch graftq off."""
     why = " ".join(f"{type(error).__name__}: {error}".split())  # one line, as some messages have many
     if why not in recorded.values():
-        logger.warning("graftq: %s failed, and is left out: %s. %s=1 switches graftq off.", what, why, SWITCH)
+        logger.warning("graftq: %s failed, and is left out: %s. %s=1 switches graftq off.", what, why, DISABLE)
     recorded[what] = why

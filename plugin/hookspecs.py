@@ -31,11 +31,13 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
     """Name the modules to patch, each with the function that patches it.
 
     Args:
-        root: The top-level module being imported; an adapter for another one returns None.
+        root: The top-level module being imported, or looked for, in which case it may not be installed. An adapter
+            for another one, or that has nothing to patch, returns None.
 
     Returns:
         Fully qualified module name to a function that gets the module once it is fully imported.
-        The function must be idempotent; what it raises is recorded, never passed on to the host.
+        The function must be idempotent. What it raises is recorded, never passed on to the host, and undoes what the
+        function has replaced by :mod:`graftq.plugin.patching`.
     """
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from graftq.plugin import bootstrap, faults
+from graftq.plugin import faults, patching, switches
 
 logger = logging.getLogger("graftq")
 
@@ -119,7 +119,8 @@ class Finder:
 
     def _patch(self, module: ModuleType, patch: Patch) -> bool:
         try:
-            patch(module)
+            with patching.all_or_none():
+                patch(module)
         except Exception as error:
             by = getattr(patch, "__module__", "an adapter")
             faults.record(f"taking over {module.__name__} by {by}", error)
@@ -139,7 +140,7 @@ class Finder:
             found = "of unknown version"
         places = ", ".join(sorted(self.taken[root]))
         logger.info(
-            "graftq took over GPTQ loading in %s %s (%s); GRAFTQ_DISABLE=1 switches it off", root, found, places
+            "graftq took over GPTQ loading in %s %s (%s); %s=1 switches it off", root, found, places, switches.DISABLE
         )
 
 
@@ -165,8 +166,8 @@ def require(*modules: str) -> None:
     Raises:
         RuntimeError: if they are not, with the reason.
     """
-    if bootstrap.disabled():
-        raise RuntimeError(f"{bootstrap.SWITCH} is set, which switches graftq off")
+    if switches.disabled():
+        raise RuntimeError(f"{switches.DISABLE} is set, which switches graftq off")
     found = install()
     for name in modules:
         importlib.import_module(name)
@@ -179,8 +180,6 @@ def require(*modules: str) -> None:
 
 def uninstall() -> None:
     """Take the finder away and undo every patch."""
-    from graftq.plugin import patching
-
     found = finder()
     if found is not None:
         sys.meta_path.remove(found)

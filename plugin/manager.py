@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from graftq.plugin import faults, hookspecs
+from graftq.plugin import faults, hookspecs, switches
 
 if TYPE_CHECKING:
     from graftq.quant_linear.selection import (
@@ -142,7 +142,7 @@ def choose_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]
 
 
 def _forced() -> str | None:
-    return os.environ.get("GRAFTQ_KERNEL") or None
+    return os.environ.get(switches.KERNEL) or None
 
 
 def _report_slow(selection: Selection[P], device: str, what: str) -> None:

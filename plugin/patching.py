@@ -1,21 +1,33 @@
-"""Replacing attributes of other people's modules so that it shows, happens once, and can be undone."""
+"""Replacing attributes of other people's modules so that it shows, happens once or not at all, and can be undone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-_undo: list[Callable[[], None]] = []
+Undo = list[Callable[[], None]]
+
+_undo: Undo = []
+"""How to put back everything that is replaced now."""
+_open: ContextVar[Undo] = ContextVar("graftq_undo", default=_undo)
+"""Where a replacement is noted: the innermost :func:`all_or_none`'s own list, until that has ended well."""
 
 
 def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Set ``owner.name`` to ``make(original)``, unless graftq has done so before."""
+    """Set ``owner.name`` to ``make(original)``, unless graftq has done so before.
+
+    Raises:
+        AttributeError: if the module or class has no such attribute of its own.
+    """
+    if name not in vars(owner):
+        raise AttributeError(f"{owner.__name__} has no {name}")
     original = vars(owner)[name]
     if _is_ours(original):
         return
     setattr(owner, name, _mark(make(original)))
-    _undo.append(lambda: setattr(owner, name, original))
+    _open.get().append(lambda: setattr(owner, name, original))
 
 
 def replace_item(mapping: MutableMapping[str, Any], key: str, make: Callable[[Any], Any]) -> None:
@@ -24,27 +36,39 @@ def replace_item(mapping: MutableMapping[str, Any], key: str, make: Callable[[An
     if _is_ours(original):
         return
     mapping[key] = _mark(make(original))
-    _undo.append(lambda: mapping.__setitem__(key, original))
+    _open.get().append(lambda: mapping.__setitem__(key, original))
 
 
 def add_attribute(owner: Any, name: str, value: Any) -> None:
     """Set ``owner.name`` to ``value``, unless there is such an attribute."""
     if name not in vars(owner):
         setattr(owner, name, value)
-        _undo.append(lambda: delattr(owner, name))
+        _open.get().append(lambda: delattr(owner, name))
 
 
 def append(sequence: MutableSequence[Any], item: Any) -> None:
     """Append ``item`` to a sequence that others use too, unless it is there."""
     if item not in sequence:
         sequence.append(item)
-        _undo.append(lambda: sequence.remove(item))
+        _open.get().append(lambda: sequence.remove(item))
 
 
-def undo_all(down_to: int = 0) -> None:
-    """Put originals back, last replaced first, until ``down_to`` replacements are left."""
-    while len(_undo) > down_to:
-        _undo.pop()()
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Put back what was replaced meanwhile if this ends in an exception: half a seam is worse than none.
+
+    An import meanwhile may run other patches, which have an ``all_or_none`` of their own, and stay.
+    """
+    mine: Undo = []
+    token = _open.set(mine)
+    try:
+        yield
+    except BaseException:
+        _put_back(mine)
+        raise
+    finally:
+        _open.reset(token)
+    _undo.extend(mine)
 
 
 @contextmanager
@@ -54,7 +78,18 @@ def undoing() -> Iterator[None]:
     try:
         yield
     finally:
-        undo_all(before)
+        _put_back(_undo, before)
+
+
+def undo_all() -> None:
+    """Put every original back."""
+    _put_back(_undo)
+
+
+def _put_back(undo: Undo, down_to: int = 0) -> None:
+    """Last replaced first, until ``down_to`` replacements are left."""
+    while len(undo) > down_to:
+        undo.pop()()
 
 
 def _mark(replacement: Any) -> Any:

@@ -158,7 +158,7 @@ class CpuExperts:
         return (output.float() * weights[..., None].float()).sum(1).to(x.dtype)
 
 
-_FREE = ("desc_act", "sym")
+_FREE = ("desc_act", "sym", "signature")
 """What experts may differ in."""
 
 

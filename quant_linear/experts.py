@@ -212,6 +212,11 @@ class QuantExperts(nn.Module):
             }
         )
 
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor | None]:
+        """This module's own tensors, biases included, as they are: what a kernel looks its arguments up in."""
+        return self._parameters
+
     def packed(self) -> dict[str, torch.Tensor]:
         """This module's own packed tensors, in the current layout; empty while each projection is a layer."""
         return {name: getattr(self, name) for name in self._packed_names}

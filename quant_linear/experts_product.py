@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-from graftq.quant_linear.experts_ops import (
-    BARE,
-    Stack,
-    kernel_constants,
-    kernel_weights,
-    matrix_tile,
-    multiply,
-    prepare,
-    rows_of,
-    stack_schema,
-)
+from graftq.quant_linear.devices import device_of
+from graftq.quant_linear.experts_launches import Kind, MatrixProduct, Preparation, Rows, Stack, matrix_tile
+from graftq.quant_linear.experts_ops import rows_of, stack_schema
 from graftq.quant_linear.experts_tiles import choose_tokens
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
-from graftq.quant_linear.kernels.launch import launch
-from graftq.quant_linear.ops import device_of
+from graftq.quant_linear.kernels.launch import Launch
+from graftq.quant_linear.spec import QuantSpec
 
-_ARGUMENTS = f"Tensor x, Tensor index, {stack_schema('')}, int share, int part_rows, int rows"
+_ARGUMENTS = f"Tensor x, Tensor index, {stack_schema('')}, str signature, int share, int part_rows, int rows"
 _library = torch.library.Library("graftq", "FRAGMENT")
 _library.define(f"tiled_experts_product({_ARGUMENTS}) -> Tensor")
 _library.define(f"tiled_experts_product_grad({_ARGUMENTS}, int features) -> Tensor")
 
 
 def _tiled_experts_product(x: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """One product [slots, rows], 0 for nobody's slots; ``x`` [slots / share, K]. Arguments: stack, share, sizes."""
+    """One product [slots, rows], 0 for nobody's slots; ``x`` [slots / share, K]. Arguments: stack, signature, sizes."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _tiled_experts_product(x, index, *arguments)
-    stack, (share, part_rows, rows) = Stack(*arguments[:-3]), arguments[-3:]  # type: ignore[arg-type]
-    assert isinstance(share, int)
-    assert isinstance(part_rows, int)
+    *tensors, signature, share, part_rows, rows = arguments
+    stack = Stack(*tensors)._replace(bias=None)  # type: ignore[arg-type]
     assert isinstance(rows, int)
     index = index.contiguous().view(-1)
     out = x.new_zeros(len(index), rows)
     if len(index) == 0:
         return out
-    stack = stack._replace(bias=None)
-    overlap = device_of(x.device).capability >= 90
-    tokens = choose_tokens(len(index), stack.codes.shape[0])
-    prepared = prepare(rows_of(x), index, stack, share, overlap, tokens)
-    tile = replace(matrix_tile(prepared, stack, rows), splits=1)
-    multiply(prepared, stack, BARE, tile, rows, part_rows, out, overlap)
+    x = rows_of(x)
+    given = Rows(len(index), share, x.shape[1], x.stride(0))  # type: ignore[arg-type]
+    prepare, multiply = _launches(given, Kind.of(stack), signature, x.dtype, index.dtype, part_rows, rows)
+    multiply(prepare(x, index, stack.order), stack, out)
     return out
+
+
+@lru_cache(maxsize=1024)
+def _launches(
+    given: Rows,
+    kind: Kind,
+    signature: str,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,  # a kernel is compiled for it
+    part_rows: int,
+    rows: int,
+) -> tuple[Preparation, MatrixProduct]:
+    overlap = device_of(kind.device).capability >= 90
+    spec = QuantSpec.parse(signature)
+    prepare = Preparation(given, kind, overlap, choose_tokens(given.slots, kind.experts))
+    tile = replace(matrix_tile(given.slots, kind, spec.bits, rows), splits=1)
+    return prepare, MatrixProduct(prepare.rows, kind, spec, dtype, tile, rows, part_rows, overlap)
 
 
 def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
@@ -58,7 +65,8 @@ def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *argume
     if grad.is_cuda and grad.device.index != torch.cuda.current_device():
         with torch.cuda.device(grad.device):
             return _tiled_experts_product_grad(grad, index, *arguments)
-    stack = Stack(*arguments[:-4])  # type: ignore[arg-type]
+    *tensors, signature = arguments[:-4]
+    stack, spec = Stack(*tensors), QuantSpec.parse(signature)  # type: ignore[arg-type]
     share, part_rows, rows, features = (int(number) for number in arguments[-4:])  # type: ignore[call-overload]
     index = index.reshape(-1)
     total = torch.zeros(len(index) // share, features + 1, dtype=torch.float32, device=grad.device)
@@ -66,7 +74,7 @@ def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *argume
         if not 0 <= expert < len(stack.codes):
             continue
         slots = torch.where(index == expert)[0]
-        weights = _plain(stack, expert, grad.dtype)
+        weights = _plain(stack, spec, expert, grad.dtype)
         for part, first in enumerate(range(0, rows, part_rows)):
             last = min(first + part_rows, rows)
             inputs = (grad[slots, first:last] @ weights[first:last]).float()
@@ -79,20 +87,25 @@ def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *argume
     return total[:, :features].to(grad.dtype)
 
 
-def _plain(stack: Stack, expert: int, dtype: torch.dtype) -> torch.Tensor:
+def _plain(stack: Stack, spec: QuantSpec, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """One expert's weights, dequantised: [64 * tiles, 128 * atoms], inputs in packed order."""
-    tiles, atoms = stack.codes.shape[1:3]
-    out = torch.empty(tiles * 64, atoms * 128, dtype=dtype, device=stack.codes.device)
-    bits, group, sym, program, _ = kernel_constants(stack, dtype)
-    launch(
+    kind = Kind.of(stack)
+    out = torch.empty(kind.codes[1] * 64, kind.atoms * 128, dtype=dtype, device=kind.device)
+    _dequantize(kind, spec.signature, dtype)(*(tensor[expert] for tensor in stack.weights), out)
+    return out
+
+
+@lru_cache(maxsize=256)
+def _dequantize(kind: Kind, signature: str, dtype: torch.dtype) -> Launch:
+    tiles, atoms = kind.codes[1:3]
+    bits, group, sym, program, _ = kind.constants(QuantSpec.parse(signature), dtype)
+    return Launch(
         dequantize_kernel,
         (tiles, atoms, 1),
-        (*(tensor[expert] for tensor in kernel_weights(stack)), out),
-        (0, tiles * 64, atoms, stack.scales.shape[1], tiles * 64, tiles * 64),
+        (0, tiles * 64, atoms, kind.scale_rows, tiles * 64, tiles * 64),
         (bits, group, sym, 0, program),
         (("num_warps", 4), ("num_stages", 1)),
     )
-    return out
 
 
 class TiledProduct(torch.autograd.Function):
@@ -102,15 +115,15 @@ class TiledProduct(torch.autograd.Function):
     def forward(ctx, x, index, *arguments):
         """Arguments as for ``tiled_experts_product``."""
         ctx.save_for_backward(index, *arguments[:7])
-        ctx.numbers = arguments[7:]
+        ctx.others = arguments[7:]
         ctx.features = x.shape[1]
         return torch.ops.graftq.tiled_experts_product(x, index, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
         """To ``x`` alone."""
-        dx = torch.ops.graftq.tiled_experts_product_grad(grad, *ctx.saved_tensors, *ctx.numbers, ctx.features)
-        return (dx, *[None] * 13)
+        dx = torch.ops.graftq.tiled_experts_product_grad(grad, *ctx.saved_tensors, *ctx.others, ctx.features)
+        return (dx, *[None] * 12)
 
 
 _library.impl("tiled_experts_product", _tiled_experts_product, "CompositeExplicitAutograd")

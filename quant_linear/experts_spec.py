@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.spec import QuantSpec
@@ -24,6 +25,7 @@ class ExpertsSpec:
         has_up_bias: Whether the layer adds a bias of its own, [num_experts, width], to gate and up.
         has_down_bias: Likewise, [num_experts, hidden], to down.
         has_norm: Whether each expert's output goes through a norm before it is weighted.
+        signature: What :class:`ExpertsForm` has, in one string, for operators, as in ``QuantSpec``.
     """
 
     projections: tuple[tuple[str, tuple[QuantSpec, ...]], ...]
@@ -32,6 +34,20 @@ class ExpertsSpec:
     has_up_bias: bool = False
     has_down_bias: bool = False
     has_norm: bool = False
+    signature: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Write the signature."""
+        activation = self.activation or Activation("")
+        parts = (
+            activation.name,
+            activation.alpha,
+            activation.limit,
+            int(self.is_gated),
+            self.projections[0][1][0].signature,
+            self.projections[-1][1][0].signature,
+        )
+        object.__setattr__(self, "signature", "|".join(map(str, parts)))
 
     @property
     def num_experts(self) -> int:
@@ -61,3 +77,27 @@ class ExpertsSpec:
             name: frozenset((s.bits, s.in_features, s.out_features, s.group_size, s.num_groups) for s in specs)
             for name, specs in self.projections
         }
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """Experts of one kind, as far as fused kernels care.
+
+    Attributes:
+        activation, is_gated: As in :class:`ExpertsSpec`.
+        up: The first expert's first projection, which stands for gate and up of all.
+        down: Its ``down_proj``.
+    """
+
+    activation: Activation | None
+    is_gated: bool
+    up: QuantSpec
+    down: QuantSpec
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(signature: str) -> ExpertsForm:
+        """The form that has this signature."""
+        name, alpha, limit, is_gated, up, down = signature.split("|")
+        activation = Activation(name, float(alpha), float(limit)) if name else None
+        return ExpertsForm(activation, bool(int(is_gated)), QuantSpec.parse(up), QuantSpec.parse(down))

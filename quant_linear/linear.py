@@ -67,7 +67,7 @@ class QuantLinear(nn.Module):
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
         assert self._provider is not None
-        return self._provider.linear(x, self.packed(), self.spec)
+        return self._provider.linear(x, self._parameters, self.spec)  # type: ignore[arg-type] # None for what is not there
 
     def bind(self, device: str, dtype: torch.dtype) -> None:
         """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.

@@ -88,7 +88,10 @@ class KernelProvider(Protocol):
         """The arrangement of the weights that :meth:`linear` reads."""
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
-        """``x @ W.T + bias`` for ``x`` of shape [..., in_features]; returns [..., out_features]."""
+        """``x @ W.T + bias`` for ``x`` of shape [..., in_features]; returns [..., out_features].
+
+        ``packed`` has the tensors of :meth:`layout` by name; ``packed.get`` of one that is not there gives None.
+        """
 
 
 class ExpertsProvider(Protocol):

@@ -23,15 +23,22 @@ def shard_outputs(tensors: GptqTensors, spec: QuantSpec, start: int, stop: int) 
     """
     if not 0 <= start < stop <= spec.out_features:
         raise ValueError(f"outputs {start}:{stop} of {spec.out_features}")
-    zeros = unpack_codes(tensors.qzeros.T, spec.bits, spec.out_features)[start:stop]
+    return select_outputs(tensors, spec, slice(start, stop))
+
+
+def select_outputs(
+    tensors: GptqTensors, spec: QuantSpec, outputs: slice | torch.Tensor
+) -> tuple[GptqTensors, QuantSpec]:
+    """The projection of some output rows, in the order in which ``outputs`` names them."""
+    zeros = unpack_codes(tensors.qzeros.T, spec.bits, spec.out_features)[outputs]
     part = GptqTensors(
-        tensors.qweight[:, start:stop].contiguous(),
+        tensors.qweight[:, outputs].contiguous(),
         pack_codes(zeros, spec.bits).T.contiguous(),
-        tensors.scales[:, start:stop].contiguous(),
+        tensors.scales[:, outputs].contiguous(),
         tensors.g_idx,
-        None if tensors.bias is None else tensors.bias[start:stop].contiguous(),
+        None if tensors.bias is None else tensors.bias[outputs].contiguous(),
     )
-    width = stop - start
+    width = len(zeros)
     return part, replace(spec, out_features=width, padded_out=width, stored_bias=width if spec.has_bias else 0)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 """Code widths of the GPTQ format, in bits."""
@@ -40,6 +41,8 @@ class QuantSpec:
         padded_out: N as stored; larger than ``out_features`` if the writer padded it.
         stored_g_idx: Length of ``g_idx`` as stored: ``in_features`` or ``padded_in``, 0 if absent.
         stored_bias: Length of ``bias`` as stored: ``out_features`` or ``padded_out``, 0 if absent.
+        signature: All of these in one string, for operators. Every argument that an operator has besides is one more
+            thing for ``torch.compile`` to check for every layer at every call.
     """
 
     bits: int
@@ -54,6 +57,19 @@ class QuantSpec:
     padded_out: int
     stored_g_idx: int
     stored_bias: int
+    signature: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Write the signature."""
+        numbers = [str(int(getattr(self, each.name))) for each in fields(self) if each.init]
+        object.__setattr__(self, "signature", ",".join(numbers))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(signature: str) -> QuantSpec:
+        """The spec that has this signature."""
+        bits, k, n, group_size, num_groups, desc_act, sym, *rest = map(int, signature.split(","))
+        return QuantSpec(bits, k, n, group_size, num_groups, bool(desc_act), bool(sym), *rest)
 
     @property
     def has_g_idx(self) -> bool:

@@ -49,6 +49,15 @@ class Tile:
     registers: int | None = None
     scale_weights: bool = False
 
+    def options(self, overlap: bool) -> tuple[tuple[str, int | bool], ...]:
+        """For the launch; ``overlap`` is whether the kernel may start before the one before it ends."""
+        options: list[tuple[str, int | bool]] = [("num_warps", self.warps), ("num_stages", self.stages)]
+        if self.registers is not None:
+            options.append(("maxnreg", self.registers))
+        if overlap:
+            options.append(("launch_pdl", True))
+        return tuple(options)
+
 
 FUSED_TOKENS = 1024
 """Tokens up to which unpacking in the product beats weights in plain and cuBLAS (H100; nothing else measured)."""

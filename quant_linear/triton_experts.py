@@ -10,7 +10,6 @@ from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
 from graftq.quant_linear.tiled_experts_layout import HALF_FRAGMENT, PREFIX, TiledExpertsLayout
-from graftq.quant_linear.tiled_layout import TiledLayout
 from graftq.quant_linear.triton_provider import TritonProvider
 
 
@@ -41,17 +40,15 @@ class TritonExperts:
         Differentiable in ``x`` and ``top_k_weights``, and in biases of the module's own; then, and where the activation
         has no name, gate and up differ in act-order, or there is a norm, the products are bare and torch does the rest.
         """
-        spec, packed = module.spec, module.packed()
-        up, down = _stack(packed, "up", spec, module.up_bias), _stack(packed, "down", spec, module.down_bias)
-        formula = spec.activation
+        spec, packed = module.spec, module.tensors
+        up, down = _stack(packed, "up", module.up_bias), _stack(packed, "down", module.down_bias)
         is_fused = f"{PREFIX}up_columns" in packed
         learns = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
             for tensor in (x, top_k_weights, module.up_bias, module.down_bias)
         )
-        if formula is not None and is_fused and not spec.has_norm and not learns:
-            activation = (formula.name, formula.alpha, formula.limit, spec.is_gated)
-            return torch.ops.graftq.tiled_experts(x, top_k_index, top_k_weights, *up, *down, *activation)
+        if spec.activation is not None and is_fused and not spec.has_norm and not learns:
+            return torch.ops.graftq.tiled_experts(x, top_k_index, top_k_weights, *up, *down, spec.signature)
         return _step_by_step(module, x, top_k_index, top_k_weights, up, down)
 
 
@@ -76,28 +73,25 @@ def _uniform(spec: ExpertsSpec) -> Rejected | None:
     return None
 
 
-Arguments = tuple[torch.Tensor | int | None, ...]
-"""A ``experts_ops.Stack``'s."""
+Arguments = tuple[torch.Tensor | None, ...]
+"""An ``experts_launches.Stack``'s."""
 
 
-def _stack(
-    packed: Mapping[str, torch.Tensor], stack: str, spec: ExpertsSpec, own_bias: torch.Tensor | None
-) -> Arguments:
-    tensors = [
-        packed.get(f"{PREFIX}{stack}_{name}") for name in ("codes", "high", "scales", "zeros", "order", "columns")
-    ]
-    bias = packed.get(f"{PREFIX}{stack}_bias")
+def _stack(packed: Mapping[str, torch.Tensor | None], stack: str, own_bias: torch.Tensor | None) -> Arguments:
+    codes, high, scales, zeros, order, bias = (
+        packed.get(f"{PREFIX}{stack}_{name}") for name in ("codes", "high", "scales", "zeros", "order", "bias")
+    )
     if own_bias is not None:
         bias = own_bias if bias is None else bias[:, : own_bias.shape[1]] + own_bias
-    projection = spec.projections[0 if stack == "up" else -1][1][0]
-    return (*tensors, bias, projection.bits, TiledLayout(projection).group(packed[f"{PREFIX}{stack}_scales"].shape[1]))
+    columns = None if bias is None else packed.get(f"{PREFIX}{stack}_columns")  # which only a bias needs
+    return codes, high, scales, zeros, order, columns, bias
 
 
 def _step_by_step(
     module: QuantExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Arguments, down: Arguments
 ) -> torch.Tensor:
     """Bare products, and torch in between."""
-    from graftq.quant_linear.experts_ops import Stack  # not at the top, where triton may be absent
+    from graftq.quant_linear.experts_launches import Stack  # not at the top, where triton may be absent
     from graftq.quant_linear.experts_product import TiledProduct
 
     spec, layout = module.spec, TiledExpertsLayout(module.spec)
@@ -108,14 +102,17 @@ def _step_by_step(
     is_ours = (expert >= 0) & (expert < experts)
     expert = torch.where(is_ours, expert, 0)
 
-    if first.columns is not None:
+    is_fused = f"{PREFIX}up_columns" in module.tensors
+    if is_fused:
         rows = part_rows = second.codes.shape[2] * 128 * (1 + spec.is_gated)
     else:
         part_rows = layout.part_rows
         rows = part_rows * len(layout.up_names)
-    hidden = TiledProduct.apply(x, index, *up, index.shape[1], part_rows, rows)
-    if first.columns is not None:
+    signatures = [specs[0].signature for _, specs in spec.projections]
+    hidden = TiledProduct.apply(x, index, *up, signatures[0], index.shape[1], part_rows, rows)
+    if is_fused:
         if first.bias is not None:
+            assert first.columns is not None
             bias = torch.nn.functional.pad(first.bias.to(x.dtype), (0, 1))  # rows of padding take the last column
             columns = first.columns[:, :rows].clamp(max=first.bias.shape[1]).long()
             hidden = hidden + bias[expert[:, None], columns[expert]]
@@ -138,7 +135,7 @@ def _step_by_step(
         hidden = module.activate(hidden)
 
     width = x.shape[1]
-    out = TiledProduct.apply(hidden, index, *down, 1, width, width)
+    out = TiledProduct.apply(hidden, index, *down, signatures[-1], 1, width, width)
     if second.bias is not None:
         out = out + second.bias[expert, :width].to(x.dtype)
     if module.post_expert_norm is not None:

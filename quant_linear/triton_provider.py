@@ -47,30 +47,23 @@ class TritonProvider:
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
         """``x @ W.T + bias``; ``x`` [..., in_features], any strides; returns [..., out_features], contiguous.
 
-        Differentiable in ``x``. Raises what torch does for a last dimension that is not ``in_features``.
+        Differentiable in ``x``. Raises RuntimeError for a last dimension that is not ``in_features``.
         """
-        from graftq.quant_linear.ops import TiledLinear  # not at the top, where triton may be absent
-
-        scales = packed["scales"]
         arguments = (
-            x if x.dim() == 2 else x.reshape(-1, spec.in_features),
+            x,
             packed["codes"],
             packed.get("high"),
-            scales,
-            packed["qzeros"],
+            packed["scales"],
+            None if spec.sym else packed["qzeros"],
             packed.get("order"),
             packed.get("bias"),
-            spec.bits,
-            TiledLayout(spec).group(scales.shape[0]),
-            spec.sym,
-            spec.zero_offset,
-            spec.out_features,
+            spec.signature,
         )
         if x.requires_grad and torch.is_grad_enabled():
-            out = TiledLinear.apply(*arguments)
-        else:
-            out = torch.ops.graftq.tiled_linear(*arguments)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], spec.out_features)
+            from graftq.quant_linear.ops import TiledLinear  # not at the top, where triton may be absent
+
+            return TiledLinear.apply(*arguments)
+        return torch.ops.graftq.tiled_linear(*arguments)
 
 
 @pluggy.HookimplMarker("graftq")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,9 +12,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from graftq.plugin import bootstrap, patching
+from graftq.plugin import patching, switches
 
-SWITCH = "GRAFTQ_AUTO_GPTQ"
 logger = logging.getLogger("graftq")
 
 _HERE = "graftq.adapters.auto_gptq"
@@ -48,7 +46,7 @@ class StandIn(Loader):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """A spec for a module of ``auto_gptq``, if the user wants one from here."""
-        if name not in MODULES or bootstrap.disabled() or not (self.asked or _switched_on()):
+        if name not in MODULES or switches.disabled() or not (self.asked or switches.is_on(switches.AUTO_GPTQ)):
             return None
         is_package = any(other.startswith(f"{name}.") for other in MODULES)
         return ModuleSpec(name, self, origin=MODULES[name], is_package=is_package)
@@ -63,8 +61,8 @@ class StandIn(Loader):
         if module.__name__ == "auto_gptq":
             logger.info(
                 "graftq stands in for auto_gptq, which is not installed, as %s asks; %s=1 switches it off",
-                "install()" if self.asked else f"{SWITCH}=1",
-                bootstrap.SWITCH,
+                "install()" if self.asked else f"{switches.AUTO_GPTQ}=1",
+                switches.DISABLE,
             )
 
 
@@ -101,9 +99,5 @@ def ask() -> None:
     _stand_in.asked = True
     spec = find_spec("auto_gptq")
     if spec is None or spec.loader is not _stand_in:
-        why = f"{bootstrap.SWITCH} is set" if spec is None else f"it is installed ({spec.origin})"
+        why = f"{switches.DISABLE} is set" if spec is None else f"it is installed ({spec.origin})"
         logger.warning("graftq does not stand in for auto_gptq: %s", why)
-
-
-def _switched_on() -> bool:
-    return os.environ.get(SWITCH, "") not in ("", "0")

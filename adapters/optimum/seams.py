@@ -14,16 +14,11 @@ def patch_quantizer(module: ModuleType) -> None:
     """Let ``GPTQQuantizer`` exist without GPTQModel, and load with graftq's layers."""
     from graftq.adapters.optimum.convert import convert_model, post_init_model
 
-    seams: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
-        (module.GPTQQuantizer, "__init__", _keep_format),
-        (module.GPTQQuantizer, "convert_model", lambda stock: functools.wraps(stock)(convert_model)),
-        (module.GPTQQuantizer, "post_init_model", lambda stock: functools.wraps(stock)(post_init_model)),
-        (module, "load_quantized_model", _load_quantized_model),
-    )
-    if missing := [name for owner, name, _ in seams if name not in vars(owner)]:
-        raise AttributeError(f"{module.__name__} has no {' and '.join(missing)} any more")  # rather none than some
-    for owner, name, make in seams:
-        replace_attribute(owner, name, make)
+    quantizer = module.GPTQQuantizer
+    replace_attribute(quantizer, "__init__", _keep_format)
+    replace_attribute(quantizer, "convert_model", lambda stock: functools.wraps(stock)(convert_model))
+    replace_attribute(quantizer, "post_init_model", lambda stock: functools.wraps(stock)(post_init_model))
+    replace_attribute(module, "load_quantized_model", _load_quantized_model)
     # What `__init__` makes of GPTQModel's, for quantising alone.
     add_attribute(module, "QuantizeConfig", SimpleNamespace)
     add_attribute(module, "FORMAT", str)

@@ -5,10 +5,13 @@ Covered: PEFT 0.21. This module is imported when PEFT is, and imports nothing of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from graftq.plugin.hookspecs import hookimpl
+
+logger = logging.getLogger("graftq")
 
 OLDEST = (0, 21)
 
@@ -16,13 +19,16 @@ OLDEST = (0, 21)
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
     """LoRA's configuration, which layers of other packages can be registered with, and what finds layers to adapt."""
-    if root != "peft":
-        return None
     from importlib.metadata import version
+    from importlib.util import find_spec
 
+    if root != "peft" or find_spec(root) is None:
+        return None
     found = version("peft")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        raise RuntimeError(f"peft {found} is older than 0.21, the first that graftq knows")
+        # No warning: text-generation-inference imports the old one that it pins, whether or not it serves adapters.
+        logger.info("graftq knows PEFT from 0.21 on, and this is %s, which finds no packed layer to adapt", found)
+        return None
     return {
         "peft.tuners.tuners_utils": _patch_tuners,
         "peft.tuners.lora.config": _patch_config,

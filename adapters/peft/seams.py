@@ -31,14 +31,8 @@ def patch_model(module: ModuleType) -> None:
 
 def patch_tuners(module: ModuleType) -> None:
     """Let ``target_modules="all-linear"`` and ``target_parameters`` find what is packed."""
-    seams = (
-        (module, "_maybe_include_all_linear_layers", _include_packed_layers),
-        (module.BaseTuner, "_inject_parameters", _inject_into_experts),
-    )
-    if missing := [name for owner, name, _ in seams if name not in vars(owner)]:
-        raise AttributeError(f"{module.__name__} has no {' and '.join(missing)} any more")  # rather none than some
-    for owner, name, make in seams:
-        replace_attribute(owner, name, make)
+    replace_attribute(module, "_maybe_include_all_linear_layers", _include_packed_layers)
+    replace_attribute(module.BaseTuner, "_inject_parameters", _inject_into_experts)
 
 
 def _register_layers(original: Callable[..., None]) -> Callable[..., None]:

@@ -11,16 +11,21 @@ from types import ModuleType
 from graftq.plugin.hookspecs import hookimpl
 
 ROOT = "text_generation_server"
+SEAMS = (
+    "models.causal_lm",
+    "utils.quantization",
+    "layers.gptq",
+    "layers.moe",
+    "models.custom_modeling.flash_neox_modeling",
+)
 
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The modules that choose a loader, load weights, run experts, and fall back on transformers."""
+    """The modules that choose a loader, load weights, run experts, reorder heads, and fall back on transformers."""
     if root != ROOT:
         return None
-    return {
-        f"{ROOT}.{name}": _patch for name in ("models.causal_lm", "utils.quantization", "layers.gptq", "layers.moe")
-    }
+    return {f"{ROOT}.{name}": _patch for name in SEAMS}
 
 
 def _patch(module: ModuleType) -> None:

@@ -98,6 +98,12 @@ def _is_ours(loader: Any) -> bool:
     return getattr(loader, "checkpoint", None) is not None
 
 
+def _patch_gpt_neox(module: ModuleType) -> None:
+    from graftq.adapters.tgi.gpt_neox import reorder_packed
+
+    replace_attribute(module, "load_qkv", reorder_packed)
+
+
 def _patch_causal_lm(module: ModuleType) -> None:
     """The server's own path without flash attention: it has transformers load the model."""
     from graftq.adapters.tgi import fallback, newer_transformers
@@ -112,5 +118,6 @@ PATCHES: Mapping[str, Callable[[ModuleType], None]] = {
     "utils.quantization": _patch_quantization,
     "layers.gptq": _patch_gptq,
     "layers.moe": _patch_moe,
+    "models.custom_modeling.flash_neox_modeling": _patch_gpt_neox,
 }
 """By the module's name inside ``text_generation_server``."""

@@ -11,37 +11,43 @@ from types import ModuleType
 
 from graftq.plugin.hookspecs import hookimpl
 
-OLDEST = (5, 16)
-
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
     """The registry of quantisers, and the module that resolves files and calls the quantiser."""
-    if root != "transformers":
+    from importlib.util import find_spec
+
+    if root != "transformers" or find_spec(root) is None:
         return None
-    from importlib.metadata import version
-
-    from graftq.adapters.transformers import v4
-
-    found = version("transformers")
-    release = tuple(int(part) for part in found.split(".")[:2])
-    if v4.OLDEST <= release < (5, 0):
-        return v4.seams()
-    if release < OLDEST:
-        raise RuntimeError(f"transformers {found}: graftq knows 4.51 to 4.57, and 5.16 and newer")
+    found = _version()
+    if not ((4, 51) <= found < (5, 0) or found >= (5, 16)):
+        raise RuntimeError(f"transformers {'.'.join(map(str, found))}: graftq knows 4.51 to 4.57, and 5.16 and newer")
     return {
         "transformers.quantizers.auto": _patch_quantizers,
         "transformers.modeling_utils": _patch_modeling,
     }
 
 
-def _patch_quantizers(module: ModuleType) -> None:
-    from graftq.adapters.transformers import seams
+def _version() -> tuple[int, ...]:
+    from importlib.metadata import version
 
-    seams.patch_quantizers(module)
+    return tuple(int(part) for part in version("transformers").split(".")[:2])
+
+
+def _patch_quantizers(module: ModuleType) -> None:
+    _seams().patch_quantizers(module)
 
 
 def _patch_modeling(module: ModuleType) -> None:
+    _seams().patch_modeling(module)
+
+
+def _seams() -> ModuleType:
+    """The seams of this version; they import transformers' modules, and so not before there is one to patch."""
+    if _version() < (5, 0):
+        from graftq.adapters.transformers.v4 import seams as older
+
+        return older
     from graftq.adapters.transformers import seams
 
-    seams.patch_modeling(module)
+    return seams

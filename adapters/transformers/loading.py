@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
 from graftq.plugin.source import HUB_ARGUMENTS, Source
 from graftq.quant_linear.checkpoint import PICKLE_ENDINGS, CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
+
+Files = tuple[Sequence[str], Mapping[str, Any] | None]
+"""Paths of weight files, and the index's metadata where there is one."""
 
 _current: ContextVar[Loading | None] = ContextVar("graftq_loading", default=None)
 
@@ -123,9 +127,50 @@ class Loading:
             )
 
 
+def remember_source(original: Any) -> Any:
+    """``from_pretrained``, a class method, that makes each of its calls known to the seams inside it.
+
+    None of the inner functions gets told where the checkpoint comes from.
+    """
+    function = original.__func__
+
+    @functools.wraps(function)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        with _begin(pretrained_model_name_or_path, kwargs):
+            return function(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
+def resolve_by(
+    find: Callable[[Loading, Callable[..., Files], tuple[Any, ...], dict[str, Any]], Files],
+) -> Callable[[Callable[..., Files]], Callable[..., Files]]:
+    """For ``_get_resolved_checkpoint_files``: let ``find`` name a GPTQ checkpoint's files, and read their headers.
+
+    ``find`` gets the call under way, the original function, and the arguments of that.
+    """
+
+    def wrap(original: Callable[..., Files]) -> Callable[..., Files]:
+        @functools.wraps(original)
+        def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Files:
+            here = current()
+            if here is None or here.source is None or kwargs.get("gguf_file") is not None:
+                return original(*args, **kwargs)
+            if here.config is None:
+                files, metadata = original(*args, **kwargs)
+                here.refuse_unlabelled(files, metadata)
+            else:
+                files, metadata = find(here, original, args, kwargs)
+                here.open_index(files, metadata)
+            return files, metadata
+
+        return _get_resolved_checkpoint_files
+
+    return wrap
+
+
 @contextmanager
-def begin(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Make the call known to the seams inside it."""
+def _begin(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     source = None if name is None or os.path.isfile(str(name)) else Source(str(name), hub)
     token = _current.set(Loading(source, arguments))

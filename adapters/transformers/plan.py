@@ -7,20 +7,19 @@ every renaming transformers knows is honoured; experts' names are then derived f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
+from graftq.adapters.transformers.shared import Projection, check_all_values, features
 from graftq.plugin.config import QuantConfig
-from graftq.quant_linear.checkpoint import SUFFIXES, CheckpointIndex, TensorInfo
-from graftq.quant_linear.checks import check_values, spec_from_headers
+from graftq.quant_linear.checkpoint import SUFFIXES, CheckpointIndex
+from graftq.quant_linear.checks import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
-from graftq.quant_linear.spec import QuantSpec
 
 # Names that quantisers give to the projections of an expert, besides those in transformers' converters.
 ALIASES = {
@@ -36,25 +35,6 @@ ALIASES = {
     "w2": "down_proj",
     "w3": "up_proj",
 }
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A quantised projection and its place.
-
-    Attributes:
-        stored: Its name in the files.
-        target: The module it becomes, e.g. ``model.layers.0.mlp.experts.3.gate_proj``.
-        container: For an expert's projection, the experts module; otherwise "".
-        infos: Its tensors by suffix.
-        spec: Its description.
-    """
-
-    stored: str
-    target: str
-    container: str
-    infos: Mapping[str, TensorInfo]
-    spec: QuantSpec
 
 
 @dataclass
@@ -100,12 +80,11 @@ def make_plan(model: nn.Module, index: CheckpointIndex, config: QuantConfig, con
             raise CheckpointError(
                 f"this and {twin} are both {target}", file=next(iter(infos.values())).file, module=stored
             )
-        k, n, has_bias = finder.features(target, container)
-        spec = spec_from_headers(stored, infos, config.for_module(stored), k, n, has_bias)
-        plan.projections[target] = Projection(stored, target, container, infos, spec)
+        spec = spec_from_headers(stored, infos, config.for_module(stored), *finder.features(target, container))
+        plan.projections[target] = Projection(stored, infos, spec, container)
     plan.renamings = finder.renamings
     _check_experts(model, plan)
-    _check_all_values(plan, index, config)
+    check_all_values(plan.projections, index, config)
     return plan
 
 
@@ -144,7 +123,7 @@ class _Finder:
         candidates = self._candidates(renamed) + self._candidates(stored)
         for candidate in candidates:
             module = self.modules.get(candidate)
-            if module is not None and _weight(module) is not None:
+            if module is not None and _has_matrix(module):
                 return candidate, ""
         for candidate in candidates:
             if found := self._place_expert(candidate):
@@ -177,10 +156,7 @@ class _Finder:
     def features(self, target: str, container: str) -> tuple[int, int, bool]:
         """``(in_features, out_features, has_bias)`` of the module at ``target``."""
         if not container:
-            weight = _weight(self.modules[target])
-            assert weight is not None
-            n, k = weight.shape[::-1] if isinstance(self.modules[target], Conv1D) else weight.shape
-            return k, n, getattr(self.modules[target], "bias", None) is not None
+            return features(self.modules[target])
         experts = self.modules[container]
         projection = target.rpartition(".")[2]
         gated = hasattr(experts, "gate_up_proj")
@@ -193,9 +169,9 @@ class _Finder:
         return k, n // 2 if half else n, has_bias
 
 
-def _weight(module: nn.Module) -> torch.Tensor | None:
+def _has_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
 def _derive_aliases(conversions: list[Any]) -> dict[str, str]:
@@ -235,10 +211,3 @@ def _check_experts(model: nn.Module, plan: Plan) -> None:
 
 def _natural(name: str) -> list[Any]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
-
-
-def _check_all_values(plan: Plan, index: CheckpointIndex, config: QuantConfig) -> None:
-    for target, values in index.read_small({target: p.infos for target, p in plan.projections.items()}):
-        old = plan.projections[target]
-        spec = check_values(old.stored, old.infos, old.spec, config.for_module(old.stored), values)
-        plan.projections[target] = replace(old, spec=spec)

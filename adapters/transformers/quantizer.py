@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.quantizers.base import HfQuantizer
 
 from graftq.adapters.transformers import loading, tensor_parallel
 from graftq.adapters.transformers.dequantizing import dequantize_model
-from graftq.adapters.transformers.plan import Plan, Projection, make_plan
+from graftq.adapters.transformers.plan import Plan, make_plan
+from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state
-from graftq.adapters.transformers.shared import bind, essential_prefixes, packed_modules
-from graftq.adapters.transformers.swap import Dequantize, has_idle_bias, swap_modules
+from graftq.adapters.transformers.shared import Projection, bind, packed_modules, refuse_holes
+from graftq.adapters.transformers.swap import Dequantize, swap_modules
 from graftq.plugin.config import QuantConfig
 from graftq.quant_linear.checkpoint import CheckpointIndex, torch_dtypes
 from graftq.quant_linear.errors import CheckpointError
@@ -24,26 +24,8 @@ from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 
 
-def replace_stock(stock: type[HfQuantizer]) -> type[HfQuantizer]:
-    """The class to register in the place of ``stock``, which quantising is left to."""
-    GptqHfQuantizer.stock = stock
-    return GptqHfQuantizer
-
-
-class GptqHfQuantizer(HfQuantizer):
-    """Loads a GPTQ checkpoint: packed layers in place of the model's, before the weights come.
-
-    Asked for a model that is yet to be quantised, it gives an instance of the stock class instead.
-    """
-
-    stock: ClassVar[type[HfQuantizer]]
-    requires_calibration = False
-
-    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Defer to ``stock`` unless the model is quantised; copying and unpickling pass no arguments."""
-        if kwargs.get("pre_quantized", True):
-            return super().__new__(cls)
-        return cls.stock(quantization_config, **kwargs)
+class GptqHfQuantizer(DeferringQuantizer):
+    """Loads a GPTQ checkpoint: packed layers in place of the model's, before the weights come."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -130,11 +112,7 @@ class GptqHfQuantizer(HfQuantizer):
             patterns = targets.get(source, [""]) if source else [""]
             found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
-        ignored = model._keys_to_ignore_on_load_missing or ()
-        essential = essential_prefixes(model)
-        for name in sorted(missing):
-            if name.startswith(essential) and not any(re.search(pattern, name) for pattern in ignored):
-                self._refuse(name)
+        refuse_holes(model, sorted(missing), self._index, self._plan.unplaced)
         return missing
 
     def _check_like(self, name: str, parameter: torch.Tensor) -> None:
@@ -161,11 +139,6 @@ class GptqHfQuantizer(HfQuantizer):
             own = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
             if not missing.intersection(own) and not list(module.buffers(recurse=False)):
                 module._is_hf_initialized = True
-
-    def _refuse(self, name: str) -> None:
-        file = next(iter(self._index.tensors.values())).file if self._index.tensors else None
-        hint = f"; packed tensors without a place: {', '.join(self._plan.unplaced[:3])}" if self._plan.unplaced else ""
-        raise CheckpointError(f"no tensor in the checkpoint for this weight{hint}", file=file, module=name)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._restore_dtypes(model)
@@ -197,7 +170,7 @@ class GptqHfQuantizer(HfQuantizer):
         for target, projection in self._plan.projections.items():
             for suffix, info in projection.infos.items():
                 self._origin.names[info.name] = f"{target}.{suffix}"
-            if has_idle_bias(projection):
+            if projection.has_idle_bias:
                 info = projection.infos["bias"]
                 bias = torch.empty(info.shape, dtype=known[info.dtype], device="meta")
                 self._origin.idle_biases[f"{target}.bias"] = bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
-from graftq.adapters.transformers.plan import Plan, Projection
-from graftq.adapters.transformers.shared import empty_linear
+from graftq.adapters.transformers.plan import Plan
+from graftq.adapters.transformers.shared import Projection, idle_biases
 from graftq.plugin.manager import choose_experts_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -41,17 +40,15 @@ def swap_modules(model: Any, plan: Plan, plain: dict[str, nn.Module]) -> dict[st
         stock = model.get_submodule(target)
         if isinstance(stock, (nn.Linear, Conv1D)):
             plain[target] = stock
-            model.set_submodule(target, empty_linear(projection.spec, projection.infos, model.config.dtype))
+            model.set_submodule(target, projection.empty(model.config.dtype))
             model.all_tied_weights_keys.pop(f"{target}.weight", None)
         else:
             dense[target] = projection
     for container, found in plan.containers().items():
         plain[container] = model.get_submodule(container)
         model.set_submodule(container, _experts(plain[container], found, model.config.dtype))
-    if ignored := [projection.target for projection in plan.projections.values() if has_idle_bias(projection)]:
-        # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
-        patterns = {_any_layer(target, model.base_model_prefix) + r"\.bias$" for target in ignored}
-        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
+    idle = idle_biases(plan.projections, model.base_model_prefix)
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *idle}
     return dense
 
 
@@ -61,7 +58,7 @@ def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) ->
     projections: dict[str, dict[str, QuantLinear]] = {}
     for name, projection in found.items():
         number, _, own = name.partition(".")
-        projections.setdefault(number, {})[own] = empty_linear(projection.spec, projection.infos, dtype)
+        projections.setdefault(number, {})[own] = projection.empty(dtype)
     # Where the files hold one bias tensor for all experts, it stays what it is in the model.
     up, down = "gate_up_proj" if gated else "up_proj", "down_proj"
     packed_biases = {name.endswith(f".{down}") for name, projection in found.items() if projection.spec.has_bias}
@@ -90,16 +87,6 @@ class _Gate:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.experts._apply_gate(x)
-
-
-def has_idle_bias(projection: Projection) -> bool:
-    """Whether the files hold a bias, of zeros, that the model's layer has not."""
-    return "bias" in projection.infos and not projection.spec.has_bias
-
-
-def _any_layer(target: str, base: str) -> str:
-    """A pattern for ``target`` in every layer and expert, with or without the base model's prefix."""
-    return re.sub(r"\d+", r"\\d+", re.escape(target.removeprefix(f"{base}.")))
 
 
 class Dequantize(ConversionOps):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 
-from graftq.plugin import faults
-from graftq.plugin.bootstrap import SWITCH, disabled
+from graftq.plugin import faults, switches
 
 logger = logging.getLogger("graftq")
 
@@ -21,7 +20,7 @@ METHOD = "graftq"
 def register() -> None:
     """Register the method that takes GPTQ checkpoints over; called by vLLM, any number of times."""
     try:
-        if not disabled():
+        if not switches.disabled():
             _register()
     except Exception as error:  # vLLM does not guard this call
         faults.record("taking over vLLM's GPTQ loading", error)
@@ -38,7 +37,7 @@ def _register() -> None:
                 "graftq knows vLLM %s, and this is %s: GPTQ checkpoints are left to vLLM. %s=1 silences this.",
                 versions.RANGE,
                 found,
-                SWITCH,
+                switches.DISABLE,
             )
         return
     if versions.has_method(METHOD):
@@ -48,5 +47,8 @@ def _register() -> None:
     versions.register_method(METHOD, GraftqConfig)
     if first:
         logger.info(
-            "graftq took over GPTQ loading in vllm %s (quantization=%r); %s=1 switches it off", found, METHOD, SWITCH
+            "graftq took over GPTQ loading in vllm %s (quantization=%r); %s=1 switches it off",
+            found,
+            METHOD,
+            switches.DISABLE,
         )

@@ -15,13 +15,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from graftq.adapters.vllm import METHOD, versions
 from graftq.adapters.vllm.stored import Stored
+from graftq.plugin import switches
 from graftq.plugin.config import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
 from graftq.plugin.source import Source
 
 logger = logging.getLogger("graftq")
-
-SWITCH = "GRAFTQ_VLLM"
-"""Which GPTQ checkpoints to take: "all" (the default), or "unsupported", those that vLLM refuses."""
 
 OURS_TO_TAKE = (None, METHOD, "gptq")
 """Values of vLLM's ``quantization`` argument that leave the choice to us; the others name an implementation."""
@@ -150,9 +148,9 @@ class GraftqConfig(QuantizationConfig):
 
 
 def _only_unsupported() -> bool:
-    value = os.environ.get(SWITCH, "").lower()
+    value = os.environ.get(switches.VLLM, "").lower()
     if value not in ("", "all", "unsupported"):
-        logger.warning("graftq: %s=%s means nothing; it is 'all' or 'unsupported'. Taking all.", SWITCH, value)
+        logger.warning("graftq: %s=%s means nothing; it is 'all' or 'unsupported'. Taking all.", switches.VLLM, value)
     return value == "unsupported"
 
 

@@ -8,6 +8,7 @@ import pytest
 from support.processes import TESTS, run, unpack_wheel, warnings_of, write_distribution
 
 IMPORT = "import torch, transformers, transformers.modeling_utils\nfrom support.seams import state\nprint(state())\n"
+HALF_PATCHED = "print('_graftq' in vars(transformers.modeling_utils.load_state_dict))"
 PROVIDERS = """
 from graftq.plugin.manager import kernel_providers
 print(*sorted(provider.name for provider in kernel_providers()))
@@ -28,6 +29,7 @@ def import_with_one_warning(installed: Path) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("file", "blamed"),
     [
+        ("plugin/switches.py", "graftq could not start: SyntaxError"),
         ("plugin/import_hooks.py", "graftq could not start: SyntaxError"),
         ("plugin/manager.py", "SyntaxError"),
         ("adapters/transformers/__init__.py", "graftq.adapters:graftq.adapters.transformers failed"),
@@ -55,9 +57,10 @@ ADAPTERS = {
     "returns a list": (SEAMS + "return ['transformers.modeling_utils']", "returned list, not a mapping"),
     "returns rubbish": (SEAMS + "return {3: print, 'x': None}", "something else than module names and functions"),
     "raises while patching": (
-        "def patch(module):\n    raise RuntimeError('while patching')\n"
-        + SEAMS
-        + "return {'transformers.modeling_utils': patch}",
+        "from graftq.plugin.patching import replace_attribute\n"
+        "def patch(module):\n"
+        "    replace_attribute(module, 'load_state_dict', lambda stock: lambda: None)\n"
+        "    raise RuntimeError('while patching')\n" + SEAMS + "return {'transformers.modeling_utils': patch}",
         "RuntimeError: while patching",
     ),
     "wrong signature": (HOOK + "def graftq_seams(root, colour): ...", "PluginValidationError"),
@@ -81,13 +84,14 @@ def among_rogues(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
             name = f"rogue_{group.rpartition('.')[2]}_{number}"
             entry = "transformers" if rogues is ADAPTERS else name
             write_distribution(folder, name, {group: {entry: name}}, {f"{name}.py": module})
-    done = run("-c", IMPORT + PROVIDERS, path=[folder, TESTS])
+    done = run("-c", IMPORT + HALF_PATCHED + PROVIDERS, path=[folder, TESTS])
     return done.stdout.splitlines(), warnings_of(done)
 
 
 def test_rogues_cost_nobody_else_anything(among_rogues: tuple[list[str], list[str]]) -> None:
-    (state, providers), warnings = among_rogues
+    (state, half_patched, providers), warnings = among_rogues
     assert state == "all"
+    assert half_patched == "False"
     assert "torch" in providers.split()
     assert len(warnings) == len(ADAPTERS) + len(KERNELS)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import pluggy
 import pytest
-from support.processes import ROOT, TESTS, evaluate, run
+from support.processes import ROOT, TESTS, evaluate, run, warnings_of
 
 CHECKPOINT = ROOT / "examples" / "tiny-mixtral-gptq"
 TOY = Path(__file__).parent / "third_party"
@@ -104,7 +105,26 @@ print([name for name in sys.modules if name.startswith("graftq") and "bootstrap"
 print([type(finder).__name__ for finder in sys.meta_path])
 """
     stock, _, finders = evaluate(describe, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert evaluate(describe, GRAFTQ_DISABLE="1") == [stock, "['graftq', 'graftq.plugin']", finders]
+    loaded = str(["graftq", "graftq.plugin", "graftq.plugin.switches"])
+    assert evaluate(describe, GRAFTQ_DISABLE="1") == [stock, loaded, finders]
+
+
+BARE = """
+import sys
+sys.path = [entry for entry in sys.path if not entry.endswith("site-packages")]
+from graftq.plugin.bootstrap import autoload
+autoload()
+from importlib.util import find_spec
+print([find_spec(name) for name in ("peft", "transformers", "optimum", "text_generation_server", "auto_gptq")])
+"""
+
+
+def test_looking_for_what_is_not_installed_says_nothing(installed: Path) -> None:
+    """transformers, for one, looks for PEFT."""
+    (installed / "pluggy").symlink_to(Path(pluggy.__file__).parent)
+    done = run("-c", BARE, path=[installed])
+    assert done.stdout.strip() == str([None] * 5)
+    assert not warnings_of(done)
 
 
 # What follows has no need of torch: the framework is a toy, its adapter the third party's.

@@ -12,7 +12,7 @@ from support.specs import spec_of
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.sharding import join_outputs, shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import join_outputs, select_outputs, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
 RECIPES = [
@@ -38,6 +38,15 @@ def test_outputs(recipe: Recipe) -> None:
         assert whole.bias is not None
         assert part.bias is not None
         assert part.bias.equal(whole.bias[start:stop])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_outputs_in_another_order(recipe: Recipe) -> None:
+    whole, spec, weight = projection(recipe)
+    order = torch.randperm(40)[:33]
+    part, own = select_outputs(whole, spec, order)
+    assert own.out_features == 33
+    assert dequantize(part, own).equal(weight[order])
 
 
 @pytest.mark.parametrize("cuts", [(0, 64, 192), (0, 96, 192), (0, 5, 101, 192)], ids=str)

@@ -10,15 +10,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 
 def route(index: torch.Tensor, experts: int, tokens: int) -> list[tuple[int, list[int]]]:
     """Expert and slots of each tile that has any."""
-    from graftq.quant_linear.experts_ops import Stack, prepare
+    from graftq.quant_linear.experts_launches import Kind, Preparation, Rows, Stack
 
     codes = torch.empty(experts, 2, 1, 0, dtype=torch.int16, device=index.device)
-    stack = Stack(codes, None, codes, None, None, None, None, 4, 0)
     x = torch.empty(len(index), 16, dtype=torch.float16, device=index.device)
-    prepared = prepare(x, index, stack, 1, False, tokens)
-    tiles = prepared.slots.view(-1, tokens).tolist()
+    kind = Kind.of(Stack(codes, None, codes, None, None, None, None))
+    prepared = Preparation(Rows(len(index), 1, 16, 16), kind, False, tokens)(x, index, None)
+    experts_of = prepared.tile_expert.tolist()
+    tiles = prepared.slots[: len(experts_of) * tokens].view(-1, tokens).tolist()
     found = []
-    for expert, slots in zip(prepared.tile_expert.tolist(), tiles, strict=True):
+    for expert, slots in zip(experts_of, tiles, strict=True):
         if expert >= 0:
             real = [slot for slot in slots if slot < len(index)]
             assert slots == real + [len(index)] * (tokens - len(real))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.checkpoints import write_pair
 from support.examples import run_example
@@ -200,44 +200,6 @@ def test_loading_an_adapter_brings_its_base_model(
     model.save_pretrained(tmp_path)
     again = model_class.from_pretrained(tmp_path, dtype=torch.float32)
     assert logits(again).equal(logits(model))
-
-
-@pytest.fixture
-def texts() -> list[dict[str, torch.Tensor]]:
-    from transformers import AutoTokenizer
-
-    root = Path(__file__).parents[2]
-    tokenizer = AutoTokenizer.from_pretrained(root / "examples" / "tiny-mixtral-gptq")
-    ids = tokenizer(Path(__file__).read_text(), return_tensors="pt").input_ids[0][: 8 * 32].view(8, 32)
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def test_trainer_with_checkpointing_and_accumulation(texts: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    real = Path(__file__).parents[2] / "examples" / "tiny-mixtral-gptq"
-    base = prepare_model_for_kbit_training(load(real), gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(base, config("mixtral", init_lora_weights=True))
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        num_train_epochs=3,
-        learning_rate=5e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.2
-    assert {"adapter_model.safetensors"} <= {path.name for path in next(tmp_path.glob("checkpoint-*")).iterdir()}
-    assert not any(p.grad is not None for n, p in model.named_parameters() if "lora" not in n)
 
 
 def test_a_packed_model_by_itself_is_not_trainable(checkpoints: dict[str, Path], tmp_path: Path) -> None:

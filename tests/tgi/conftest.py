@@ -34,6 +34,7 @@ FORMATS: dict[str, tuple[str, Recipe, dict[str, Any]]] = {
     ),
     "qwen2 with biases": ("qwen2", Recipe(bits=4), {}),
     "phi3, q, k and v in one": ("phi3", Recipe(bits=4), {}),
+    "gpt_neox, head by head": ("gpt_neox", Recipe(bits=3), {"only": r"(query_key_value|dense\w*)$"}),
 }
 
 

@@ -93,6 +93,9 @@ class Weights:
         tensor = self.tensors[tensor_name]
         return tensor.to(self.dtype) if to_dtype and tensor.is_floating_point() else tensor
 
+    def get_multi_weights_col(self, prefixes: Sequence[str], dim: int) -> Any:
+        return self.loader.get_multi_weights_col(self, prefixes, dim)
+
     def share(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         return tensor.chunk(self.process_group.size(), dim)[self.process_group.rank()]
 
@@ -166,6 +169,9 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
             made.quantize, made.seen = quantize, (model_id, revision, quantize, dtype, trust_remote_code)
             return made
 
+    def load_qkv(config, prefix, weights, num_heads, head_size, hidden_size):
+        return weights.get_multi_weights_col([prefix], dim=0).get_linear(None)
+
     def can_use_gptq_marlin(*, bits, groupsize, quant_method, quantize, sym):
         return True
 
@@ -192,6 +198,8 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
         make("layers.moe", SparseMoELayer=SparseMoELayer),
         make("models"),
         make("models.causal_lm", CausalLM=CausalLM),
+        make("models.custom_modeling"),
+        make("models.custom_modeling.flash_neox_modeling", load_qkv=load_qkv),
     ]
     return {module.__name__: module for module in found}
 

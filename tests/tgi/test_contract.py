@@ -113,6 +113,20 @@ def test_columns_of_a_packed_projection(count: int, tmp_path: Path) -> None:
             assert close(layer(x), functional.linear(x, own))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_heads_of_gpt_neox(count: int, tmp_path: Path) -> None:
+    """The files have query, key and value of one head after those of another; the server wants all queries first."""
+    model = write_pair(tmp_path, tiny("phi3", num_key_value_heads=4), Recipe())
+    name, x = f"{ATTENTION}.qkv_proj", torch.randn(5, 64)
+    with installed(model) as server:
+        load_qkv = server["text_generation_server.models.custom_modeling.flash_neox_modeling"].load_qkv
+        for group in shards(count):
+            weights = open_weights(server, model, group)
+            layer = load_qkv(None, name, weights, num_heads=4 // count, head_size=16, hidden_size=64)
+            own = weights.share(twin(model)[f"{name}.weight"], 0).view(-1, 3, 16, 64).transpose(0, 1).flatten(0, 2)
+            assert close(layer(x), functional.linear(x, own))
+
+
 def test_biases_go_where_their_outputs_are(tmp_path: Path) -> None:
     model = write_pair(tmp_path, tiny("qwen2"), Recipe())
     names, x, state = [f"{ATTENTION}.{one}_proj" for one in "qkv"], torch.randn(5, 64), twin(model)

@@ -79,6 +79,7 @@ def test_tokens_of_a_real_checkpoint(path: str, checkpoint: Path, installed: Pat
         "llama partly",
         "qwen2 with biases",
         "phi3, q, k and v in one",
+        "gpt_neox, head by head",
     ],
 )
 @pytest.mark.parametrize("path", PATHS)

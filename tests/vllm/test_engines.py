@@ -14,7 +14,7 @@ from support.gptq import Recipe
 from support.vllm_cases import Case, copied, damaged, mixed, pair, with_adapter
 
 ROOT = Path(__file__).parents[2]
-TWO = {"tensor_parallel_size": 2}
+TWO, STAGES = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 BY_NAME = {"quantization": "graftq"}
 NO_ATTENTION: dict[str, dict[str, Any]] = {"-:.*self_attn.*": {}}
 LLAMA, MIXTRAL = pair("llama", Recipe(zero_bias=True)), pair("mixtral", Recipe(zero_bias=True))
@@ -23,9 +23,6 @@ LLAMA, MIXTRAL = pair("llama", Recipe(zero_bias=True)), pair("mixtral", Recipe(z
 def _all_but(part: str) -> Callable[[str], Recipe | None]:
     return lambda module: None if part in module else Recipe()
 
-
-HEAD = r"(proj|lm_head)$"
-PLAIN = {"-:.*self_attn.*": {}}
 
 HEAD = r"(proj|lm_head)$"
 REAL = copied(ROOT / "examples" / "tiny-mixtral-gptq")
@@ -67,6 +64,8 @@ RANKS = [
     Case("two ranks share a head", "two ranks", pair("llama", Recipe(3), only=HEAD, sizes=SHARED_HEAD), TWO),
     Case("fused in the files, on two ranks", "two ranks", pair("phi3", Recipe(4)), TWO),
     Case("expert parallel", "two ranks", pair("mixtral", Recipe(3)), {**TWO, "enable_expert_parallel": True}),
+    Case("trained Mixtral in two stages", "two stages", REAL, STAGES, truth=TRUTH),
+    Case("quantised head in two stages", "two stages", pair("llama", Recipe(3), only=HEAD), STAGES),
 ]
 
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from support.gptq import Recipe, quantize
+from support.gptq import Recipe
 from support.models import relative_error
+from support.vllm_layers import Checkpoint, create, experts_layer, fused_layer
 from support.vllm_stand_in import LinearBase, ParallelLMHead, RoutedExperts, UnquantizedLinearMethod, installed
 
 from graftq.quant_linear.errors import CheckpointError
 
 ATTENTION = "model.layers.0.self_attn"
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 RECIPES = [Recipe(4), Recipe(3, sym=False), Recipe(3, 128), Recipe(2, desc_act=False), Recipe(8, -1)]
 
 
@@ -34,79 +31,6 @@ def stand_in() -> Iterator[SimpleNamespace]:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path)
-
-
-class Checkpoint:
-    """A folder with projections, what they stand for, and a configuration that has looked at it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.weights: dict[str, torch.Tensor] = {}
-        self.rng = np.random.default_rng(0)
-        self.recipe = Recipe()
-
-    def add(self, name: str, n: int, k: int, recipe: Recipe, like: str = "") -> None:
-        """Add a projection; ``like`` names one whose permutation it shares."""
-        rng = np.random.default_rng(7) if like else self.rng
-        packed, self.weights[name] = quantize(torch.randn(n, k, generator=_generator(name)), recipe, rng)
-        self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
-        self.recipe = recipe
-
-    def config(self) -> Any:
-        from graftq.adapters.vllm.config import GraftqConfig
-
-        save_file(self.tensors, self.folder / "model.safetensors")
-        (self.folder / "config.json").write_text(json.dumps({}))
-        config = GraftqConfig.from_config(self.recipe.config())
-        config.maybe_update_config(str(self.folder))
-        config.packed_modules_mapping = FUSED
-        return config
-
-    def hand_over(self, layer: Any, name: str, *shard: Any) -> None:
-        """Do what vLLM's loaders do for one projection."""
-        for suffix in ("g_idx", "qweight", "qzeros", "scales"):
-            if f"{name}.{suffix}" in self.tensors:
-                parameter = getattr(layer, suffix)
-                parameter.weight_loader(parameter, self.tensors[f"{name}.{suffix}"], *shard)
-
-    def hand_over_expert(self, layer: Any, name: str, shard: str, expert: int) -> None:
-        """The same for one projection of an expert."""
-        for suffix in ("g_idx", "qweight", "qzeros", "scales"):
-            own = f"{'w2' if shard == 'w2' else 'w13'}_{suffix}"
-            parameter = getattr(layer, own)
-            parameter.weight_loader(
-                param=parameter,
-                loaded_weight=self.tensors[f"{name}.{suffix}"],
-                weight_name=f"experts.{own}",
-                shard_id=shard,
-                expert_id=expert,
-                return_success=True,
-            )
-
-
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
-
-
-def create(method: Any, layer: Any, inputs: int, sizes: list[int], whole: tuple[int, int]) -> None:
-    """Call ``create_weights`` as vLLM's layers do."""
-    method.create_weights(
-        layer=layer,
-        input_size_per_partition=inputs,
-        output_partition_sizes=sizes,
-        input_size=whole[0],
-        output_size=whole[1],
-        params_dtype=torch.float32,
-        weight_loader=None,
-    )
-
-
-def fused_layer(config: Any, prefix: str, rank: int, ranks: int, k: int, sizes: list[int]) -> Any:
-    layer = LinearBase(rank)
-    method = config.get_quant_method(layer, prefix)
-    create(method, layer, k, [size // ranks for size in sizes], (k, sum(sizes)))
-    return layer, method
 
 
 def answer(method: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -205,29 +129,13 @@ def test_padded_vocabulary(rank: int, checkpoint: Checkpoint) -> None:
 )
 def test_experts(rank: int, ranks: int, mine: range, checkpoint: Checkpoint) -> None:
     prefix = "model.layers.0.mlp.experts"
-    shapes = {"gate_proj": (64, 96), "down_proj": (96, 64), "up_proj": (64, 96)}
-    shards = dict(zip(shapes, ("w1", "w2", "w3"), strict=True))
-    for expert in range(3):
-        for name, shape in shapes.items():
-            checkpoint.add(f"{prefix}.{expert}.{name}", *shape, Recipe(3))
-    layer = RoutedExperts(prefix, mine, 3, rank, ranks)
-    method = checkpoint.config().get_quant_method(layer, prefix)
-    method.create_weights(layer, len(mine), 96, 64 // ranks, torch.float32, weight_loader=None)
-    for expert in range(3):
-        for name, shard in shards.items():
-            checkpoint.hand_over_expert(layer, f"{prefix}.{expert}.{name}", shard, expert)
-    method.process_weights_after_loading(layer)
+    checkpoint.add_experts(prefix, 3, 96, 64, Recipe(3))
+    layer, method = experts_layer(checkpoint, prefix, 3, mine, rank, ranks)
     x, ids = torch.randn(4, 96), torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1]], dtype=torch.int32)
     weights = torch.rand(4, 2)
     found = method.apply(layer, x, weights, ids, None, None)
     rows = slice(rank * 64 // ranks, (rank + 1) * 64 // ranks)
-    expected = torch.zeros(4, 96)
-    for token, slot in np.ndindex(4, 2):
-        if int(ids[token, slot]) in mine:
-            gate, down, up = (checkpoint.weights[f"{prefix}.{ids[token, slot]}.{name}"] for name in shapes)
-            hidden = torch.nn.functional.silu(x[token] @ gate[rows].T) * (x[token] @ up[rows].T)
-            expected[token] += weights[token, slot] * (hidden @ down[:, rows].T)
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, checkpoint.experts(prefix, x, ids, weights, mine, rows)) < 1e-5
 
 
 def test_files_decide_what_is_quantised(checkpoint: Checkpoint) -> None:

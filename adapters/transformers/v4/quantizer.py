@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 
 from graftq.adapters.transformers import loading
-from graftq.adapters.transformers.shared import bind, empty_linear, essential_prefixes
+from graftq.adapters.transformers.registry import DeferringQuantizer
+from graftq.adapters.transformers.shared import (
+    Projection,
+    bind,
+    check_all_values,
+    features,
+    idle_biases,
+    refuse_holes,
+)
 from graftq.adapters.transformers.v4.experts import fuse_experts
 from graftq.plugin.config import QuantConfig
-from graftq.quant_linear.checkpoint import CheckpointIndex, TensorInfo, torch_dtypes
-from graftq.quant_linear.checks import check_values, spec_from_headers
+from graftq.quant_linear.checkpoint import CheckpointIndex, torch_dtypes
+from graftq.quant_linear.checks import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
-from graftq.quant_linear.spec import QuantSpec
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A quantised projection: its name in the files, its tensors by suffix, its description."""
-
-    stored: str
-    infos: Mapping[str, TensorInfo]
-    spec: QuantSpec
-
-
-def replace_stock(stock: type[HfQuantizer]) -> type[HfQuantizer]:
-    """The class to register in the place of ``stock``, which quantising is left to."""
-    GptqHfQuantizer.stock = stock
-    return GptqHfQuantizer
-
-
-class GptqHfQuantizer(HfQuantizer):
-    """Loads a GPTQ checkpoint: packed layers in place of the model's linear ones, before the weights come.
-
-    Asked for a model that is yet to be quantised, it gives an instance of the stock class instead.
-    """
-
-    stock: ClassVar[type[HfQuantizer]]
-    requires_calibration = False
-    requires_parameters_quantization = False
-
-    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Defer to ``stock`` unless the model is quantised; copying and unpickling pass no arguments."""
-        if kwargs.get("pre_quantized", True):
-            return super().__new__(cls)
-        return cls.stock(quantization_config, **kwargs)
+class GptqHfQuantizer(DeferringQuantizer):
+    """Loads a GPTQ checkpoint: packed layers in place of the model's linear ones, before the weights come."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -73,16 +49,11 @@ class GptqHfQuantizer(HfQuantizer):
             raise CheckpointError("a GPTQ model is loaded from files; from_pretrained(state_dict=...) is not supported")
         self._index = current.index
         self._place(model, current.config, current.arguments.get("key_mapping"))
-        for target, values in self._index.read_small({target: one.infos for target, one in self._plan.items()}):
-            one = self._plan[target]
-            declared = current.config.for_module(one.stored)
-            self._plan[target] = replace(one, spec=check_values(one.stored, one.infos, one.spec, declared, values))
+        check_all_values(self._plan, self._index, current.config)
         for target, one in self._plan.items():
-            model.set_submodule(target, empty_linear(one.spec, one.infos, model.dtype))
-        # AutoGPTQ writes a bias of zeros for every layer; the checks have made sure that they are zeros.
-        idle = [target for target, one in self._plan.items() if "bias" in one.infos and not one.spec.has_bias]
-        patterns = {re.sub(r"\d+", r"\\d+", re.escape(f"{target}.bias")) for target in idle}
-        model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *patterns]
+            model.set_submodule(target, one.empty(model.dtype))
+        idle = idle_biases(self._plan, model.base_model_prefix)
+        model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *idle]
 
     def _place(self, model: Any, config: QuantConfig, key_mapping: Mapping[str, str] | None) -> None:
         """Find the linear layer that each projection is, by the names that transformers' loader will use."""
@@ -100,9 +71,7 @@ class GptqHfQuantizer(HfQuantizer):
             if not isinstance(layer, (nn.Linear, Conv1D)):
                 self._unplaced.append(stored)
                 continue
-            n, k = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
-            has_bias = layer.bias is not None
-            spec = spec_from_headers(stored, infos, config.for_module(stored), k, n, has_bias)
+            spec = spec_from_headers(stored, infos, config.for_module(stored), *features(layer))
             self._plan[target] = Projection(stored, infos, spec)
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
@@ -111,12 +80,7 @@ class GptqHfQuantizer(HfQuantizer):
         Raises:
             CheckpointError: naming the weight.
         """
-        ignored = model._keys_to_ignore_on_load_missing or ()
-        for name in missing_keys:
-            if name.startswith(essential_prefixes(model)) and not any(re.search(known, name) for known in ignored):
-                file = next(iter(self._index.tensors.values())).file if self._index.tensors else None
-                lost = f"; packed tensors without a place: {', '.join(self._unplaced[:3])}" if self._unplaced else ""
-                raise CheckpointError(f"no tensor in the checkpoint for this weight{lost}", file=file, module=name)
+        refuse_holes(model, missing_keys, self._index, self._unplaced)
         return missing_keys
 
     def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str | None = None) -> list[str]:

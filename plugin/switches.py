@@ -1,0 +1,24 @@
+"""The environment variables that graftq obeys."""
+
+from __future__ import annotations
+
+import os
+
+DISABLE = "GRAFTQ_DISABLE"
+"""Leave everything as it would be without graftq."""
+KERNEL = "GRAFTQ_KERNEL"
+"""The name of the kernel to use, whatever others there are."""
+AUTO_GPTQ = "GRAFTQ_AUTO_GPTQ"
+"""Stand in for AutoGPTQ where that is not installed."""
+VLLM = "GRAFTQ_VLLM"
+"""Which GPTQ checkpoints to take over in vLLM: "all" (the default), or "unsupported", those that vLLM refuses."""
+
+
+def is_on(name: str) -> bool:
+    """Whether the variable is set to anything but "" or "0"."""
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def disabled() -> bool:
+    """Whether the user has switched graftq off."""
+    return is_on(DISABLE)

@@ -1,0 +1,148 @@
+"""Products with dequantised weights on a CPU: a tile of output rows at a time, in a workspace of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from graftq.quant_linear.packing import unpack_codes
+
+TILE_BYTES = 4 * 2**20
+"""Weights dequantised at a time, unless one block of output rows needs more: what the caches hold."""
+
+_BYTES_STEP = 64  # output rows of a tile of bytes are a multiple of these
+
+
+class Weights(NamedTuple):
+    """One projection in the operators' order of arguments: the tensors of ``CpuLayout``, then its numbers.
+
+    For experts, the tensors have a first dimension more. ``sym`` and ``zero_offset`` are the spec's.
+    """
+
+    codes: torch.Tensor
+    scales_and_zeros: torch.Tensor
+    groups: torch.Tensor
+    scales: torch.Tensor
+    qzeros: torch.Tensor
+    order: torch.Tensor | None
+    bias: torch.Tensor | None
+    bits: int
+    sym: bool
+    zero_offset: int
+
+    def of(self, expert: int) -> Weights:
+        """Those of one expert, but ``order`` and ``bias``."""
+        return self._replace(
+            codes=self.codes[expert],
+            scales_and_zeros=self.scales_and_zeros[expert],
+            groups=self.groups[expert],
+            scales=self.scales[expert],
+            qzeros=self.qzeros[expert],
+            order=None,
+            bias=None,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Places of inputs, of one expert."""
+        if self.bits == 8:
+            return self.codes.shape[-1] * self.codes.shape[-3]
+        return self.codes.shape[-2]
+
+
+def multiply_tiles(placed: torch.Tensor, w: Weights, n: int) -> torch.Tensor:
+    """``placed`` [M, rows] by the weights, in its dtype: [M, n]."""
+    out = placed.new_empty(len(placed), n)
+    for outputs, weights in tiles(w, n, placed.dtype):
+        found = torch.bmm(placed.expand(len(weights), -1, -1), weights)
+        out[:, outputs] = found.transpose(0, 1).flatten(1)[:, : outputs.stop - outputs.start]
+    return out
+
+
+def multiply_tiles_transposed(grad: torch.Tensor, w: Weights) -> torch.Tensor:
+    """``grad`` [M, N] by the transposed weights: float32 [M, rows]."""
+    wide = grad.float()
+    total = wide.new_zeros(len(grad), w.rows)
+    for outputs, weights in tiles(w, grad.shape[1], torch.float32):
+        batch, _, columns = weights.shape
+        part = torch.nn.functional.pad(wide[:, outputs], (0, batch * columns - (outputs.stop - outputs.start)))
+        total += torch.bmm(part.view(len(grad), batch, columns).transpose(0, 1), weights.transpose(1, 2)).sum(0)
+    return total
+
+
+def tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Dequantised weights from a workspace that the next ones overwrite.
+
+    Yields:
+        The outputs, and their weights, ``dtype`` [batch, rows, columns], whose ``batch * columns`` outputs may be
+        more than those.
+    """
+    return (_byte_tiles if w.bits == 8 else _nibble_tiles)(w, n, dtype)
+
+
+def _nibble_tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    blocks, rows, half_block = w.codes.shape
+    units, block = len(w.groups), 2 * half_block
+    step = min(blocks, max(1, TILE_BYTES // (dtype.itemsize * block * rows)))
+    # Codes come out as bytes of 16 times their distance from the middle.
+    scales, offsets = (
+        side
+        if side is None
+        else torch.nn.functional.pad(side, (0, blocks * block - n)).view(units, blocks, 1, block).transpose(0, 1)
+        for side in _scales_and_offsets(w, n, 1 / 16, dtype)
+    )
+    signed, low = w.codes.new_empty(2, step, rows, half_block, dtype=torch.int8)
+    both = low.new_empty(step, rows, block)
+    space = low.new_empty(step, rows, block, dtype=scales.dtype)
+    for first in range(0, blocks, step):
+        run = slice(first, min(first + step, blocks))
+        size = run.stop - first
+        torch.bitwise_xor(w.codes[run].view(torch.int8), -0x78, out=signed[:size])
+        torch.bitwise_left_shift(signed[:size], 4, out=low[:size])
+        signed[:size].bitwise_and_(-0x10)
+        torch.cat((low[:size], signed[:size]), -1, out=both[:size])
+        weights = space[:size].copy_(both[:size])
+        by_unit = weights.view(size, units, -1, block)
+        if offsets is None:
+            by_unit.mul_(scales[run])
+        else:
+            torch.addcmul(offsets[run], by_unit, scales[run], out=by_unit)
+        yield slice(first * block, min(run.stop * block, n)), weights.to(dtype)
+
+
+def _byte_tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    units, _, unit = w.codes.shape
+    step = max(_BYTES_STEP, TILE_BYTES // (dtype.itemsize * units * unit) // _BYTES_STEP * _BYTES_STEP)
+    step = min(step, n)
+    scales, offsets = _scales_and_offsets(w, n, 1.0, dtype)
+    wide = w.codes.new_empty(units, step, unit, dtype=scales.dtype)
+    space = wide.new_empty(step, units, unit)
+    for first in range(0, n, step):
+        run = slice(first, min(first + step, n))
+        size = run.stop - first
+        codes = wide[:, :size].copy_(w.codes[:, run])
+        weights = space[:size].transpose(0, 1)
+        if offsets is None:
+            torch.mul(codes, scales[:, run, None], out=weights)
+        else:
+            torch.addcmul(offsets[:, run, None], codes, scales[:, run, None], out=weights)
+        yield run, space[:size].to(dtype).view(1, size, -1).transpose(1, 2)
+
+
+def _scales_and_offsets(
+    w: Weights, n: int, factor: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What codes around their middle are multiplied by, times ``factor``, and what is added then: [units, n] each.
+
+    Nothing is added where zero points are symmetric. In ``dtype`` then, else in float32: zeros may be large.
+    """
+    scales, offsets, groups = w.scales[:, :n].float(), None, w.groups
+    if w.sym:
+        scales = (scales * factor).to(dtype)
+    else:
+        middle = 2 ** (w.bits - 1) - w.zero_offset
+        offsets = (middle - unpack_codes(w.qzeros.T, w.bits, n).T.float()) * scales
+        offsets, scales = offsets.index_select(0, groups), scales * factor
+    return scales.index_select(0, groups), offsets
