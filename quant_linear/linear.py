@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from graftq.quant_linear.joint import Joint
 
 Choose = Callable[[Request], Selection[KernelProvider]]
 """How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""
@@ -46,7 +50,8 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.pinned = False
         self.choose = choose
-        self._provider: KernelProvider | None = None
+        self.joint: tuple[Joint, int] | None = None
+        self.provider: KernelProvider | None = None
         self._bound_to: tuple[str, torch.dtype] | None = None
         for name, shape in _shapes(spec).items():
             if name in dtypes:
@@ -59,15 +64,22 @@ class QuantLinear(nn.Module):
     def from_tensors(cls, spec: QuantSpec, tensors: GptqTensors, choose: Choose, dtype: torch.dtype) -> QuantLinear:
         """A layer around tensors as a checkpoint stores them; nothing is copied."""
         layer = cls(spec, choose, {}, dtype)
-        layer._hold(layer.layout.pack(tensors))
+        layer.hold(layer.layout.pack(tensors))
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
-        assert self._provider is not None
-        return self._provider.linear(x, self._parameters, self.spec)  # type: ignore[arg-type] # None for what is not there
+        if self.joint is not None and not torch.is_grad_enabled():
+            joint, place = self.joint
+            return joint(self, place, x)
+        return self.multiply(x, self.spec)
+
+    def multiply(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """The product with as many outputs as ``spec`` says: the layer's own, or more if others are joined to it."""
+        assert self.provider is not None
+        return self.provider.linear(x, self._parameters, spec)  # type: ignore[arg-type] # None for what is not there
 
     def bind(self, device: str, dtype: torch.dtype) -> None:
         """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.
@@ -81,9 +93,9 @@ class QuantLinear(nn.Module):
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
-            self._hold(layout.pack(self.release()))
+            self.hold(layout.pack(self.release()))
             self.layout = layout
-        self._provider = provider
+        self.provider = provider
         self._bound_to = (device, dtype)
 
     def packed(self) -> dict[str, torch.Tensor]:
@@ -97,14 +109,29 @@ class QuantLinear(nn.Module):
     def release(self) -> GptqTensors:
         """Give the checkpoint tensors away: the layer has none afterwards."""
         stored = self.checkpoint_tensors()
+        self._leave("one of them gives its tensors away")
         for name in list(self._parameters):
             delattr(self, name)
         self.register_parameter("bias", None)
         return stored
 
-    def _hold(self, packed: Mapping[str, torch.Tensor]) -> None:
+    def hold(self, packed: Mapping[str, torch.Tensor]) -> None:
+        """Take tensors of the current layout, in the place of those of the same names."""
         for name, tensor in packed.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        """Move or cast the tensors: what was joined is then copies."""
+        joined = self.joint is not None
+        before = [tensor.data_ptr() for tensor in self.packed().values()] if joined else []
+        super()._apply(fn, recurse)
+        if joined and before != [tensor.data_ptr() for tensor in self.packed().values()]:
+            self._leave("one of them was moved or cast")
+        return self
+
+    def _leave(self, reason: str) -> None:
+        if self.joint is not None:
+            self.joint[0].dissolve(reason)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -117,7 +144,7 @@ class QuantLinear(nn.Module):
     @property
     def kernel(self) -> str | None:
         """The name of the kernel that is bound, if one is."""
-        return None if self._provider is None else self._provider.name
+        return None if self.provider is None else self.provider.name
 
     def extra_repr(self) -> str:
         """The projection in short."""

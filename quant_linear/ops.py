@@ -25,7 +25,7 @@ def _tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         with torch.cuda.device(device):
             return _tiled_linear(x, *arguments)
     *weights, signature = arguments
-    codes, _, scales, _, order, bias = weights
+    codes, _, scales, qzeros, order, bias = weights
     product = product_for(
         signature,
         x.shape,
@@ -34,6 +34,8 @@ def _tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         device,
         codes.shape[1],  # type: ignore[attr-defined]
         scales.shape[0],  # type: ignore[attr-defined]
+        scales.stride(0),  # type: ignore[attr-defined]
+        0 if qzeros is None else qzeros.stride(0),  # type: ignore[attr-defined]
         scales.dtype,  # type: ignore[attr-defined]
         None if bias is None else bias.dtype,  # type: ignore[attr-defined]
         order is not None,

@@ -33,11 +33,12 @@ def plain_runs(weights: Weights, spec: QuantSpec, dtype: torch.dtype) -> Iterato
     """Dequantised weights, a bounded run of output rows at a time, each over the last: (first row, [rows, places])."""
     n, atoms = spec.out_features, weights.codes.shape[1]
     device, scales = weights.codes.device, weights.scales
+    strides = (scales.stride(0), 0 if weights.qzeros is None else weights.qzeros.stride(0))
     space = None
     for first, count in runs_of(n, atoms, dtype.itemsize):
         if space is None:  # the first run is the longest
             space = torch.empty(count * TILE_N, atoms * 128, dtype=dtype, device=device)
-        _launch(spec.signature, first, count, atoms, scales.shape[0], scales.dtype, dtype, device)(
+        _launch(spec.signature, first, count, atoms, scales.shape[0], strides, scales.dtype, dtype, device)(
             weights.codes,
             weights.codes if weights.high is None else weights.high,
             scales,
@@ -62,6 +63,7 @@ def _launch(
     count: int,
     atoms: int,
     scale_rows: int,
+    strides: tuple[int, int],
     scale_dtype: torch.dtype,  # the kernel is compiled for it
     dtype: torch.dtype,
     device: torch.device,
@@ -70,7 +72,7 @@ def _launch(
     return Launch(
         dequantize_kernel,
         (count, atoms, 1),
-        (first, spec.out_features, atoms, scale_rows, spec.padded_out, spec.packed_zero_columns),
+        (first, spec.out_features, atoms, scale_rows, *strides),
         (
             spec.bits,
             TiledLayout(spec).group(scale_rows),

@@ -71,6 +71,8 @@ class TiledLayout:
     bias    as stored, if stored
     ======= ================================== ====================================================================
 
+    A layer that others are joined to (``joint``) holds their output rows behind its own, in all tensors.
+
     Act-order sorts the input rows by group (stable), so that groups are contiguous; the activations are gathered
     through ``order``. A group size that no kernel knows, or groups of uneven length, are cut into units of 16 rows
     that each have their own copy of the scale, the last unit of a group padded.
@@ -117,11 +119,14 @@ class TiledLayout:
         spec = self.spec
         plan = self.plan(packed.get("g_idx"), packed["codes"].device)
         qweight = self.from_tiles(packed, plan)[:, : spec.padded_out].contiguous()
-        scales, qzeros = packed["scales"], packed["qzeros"]
+        scales = _own(packed["scales"], spec.padded_out)
+        qzeros = _own(packed["qzeros"], spec.packed_zero_columns)
+        bias = packed.get("bias")
         if plan.unit_group is not None:
             first = torch.searchsorted(plan.unit_group, torch.arange(spec.num_groups, device=scales.device))
             scales, qzeros = scales[first], qzeros[first]
-        return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), packed.get("bias"))
+        bias = None if bias is None else _own(bias, spec.stored_bias)
+        return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), bias)
 
     def to_tiles(self, qweight: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
         """Whole tiles of columns of ``qweight`` [packed_rows, 64 * tiles] as ``codes``, and ``high`` for 3 bits."""
@@ -197,6 +202,13 @@ class TiledLayout:
         if plan.order is None:
             return torch.nn.functional.pad(codes, (0, 0, 0, plan.rows - len(codes)))
         return torch.where((plan.order != NO_ROW)[:, None], codes[plan.order.clamp(max=len(codes) - 1).long()], 0)
+
+
+def _own(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """A layer's own columns, in memory of their own, where others are joined to it."""
+    own = tensor[..., :width]
+    is_whole = own.untyped_storage().nbytes() == own.nbytes
+    return own if is_whole else own.clone(memory_format=torch.contiguous_format)
 
 
 def _is_native(group_size: int) -> bool:

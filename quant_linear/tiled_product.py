@@ -33,6 +33,8 @@ class Given(NamedTuple):
     device: torch.device
     atoms: int
     scale_rows: int
+    scale_stride: int
+    zero_stride: int
     scale_dtype: torch.dtype
     bias_dtype: torch.dtype | None
     is_ordered: bool
@@ -105,7 +107,7 @@ class _Fused:
         self._partials = tile.splits * m * n if tile.splits > 1 else 0
         program = program_for(given.device, spec.bits, given.dtype, spec.sym)
         weights = (spec.bits, group, spec.sym, spec.zero_offset, program, given.bias_dtype is not None)
-        strides = (spec.padded_out, spec.packed_zero_columns)
+        strides = (given.scale_stride, given.zero_stride)
         mask_k = k < atoms * 128
         grid, options = (self._tiles, tile.splits, 1), tile.options(overlap)
         constants: tuple[object, ...]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from graftq.adapters.transformers.joining import join_siblings
 from graftq.plugin.config import QuantConfig
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.checkpoint import CheckpointIndex, TensorInfo, torch_dtypes
@@ -126,3 +127,4 @@ def bind(model: nn.Module, dtype: torch.dtype) -> None:
         module.pinned = any(tensor.is_meta for tensor in packed)
         if not module.pinned:
             module.bind(packed[0].device.type, dtype)
+    join_siblings(model)

@@ -1,0 +1,109 @@
+"""Layers that are called one after the other with the same input, multiplied in one: q, k and v; gate and up.
+
+Each keeps its name, its spec and its tensors: the first one's tensors go on where its own rows end, with the others',
+whose tensors are views of them. So the first layer's call can compute for all, and the others' calls only look up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.tiled_layout import PADDED_N, TiledLayout
+
+logger = logging.getLogger(__name__)
+
+_ALIKE = ("bits", "in_features", "group_size", "num_groups", "desc_act", "sym", "zero_offset", "padded_in", "has_bias")
+_SIDE_BY_SIDE = {"codes": 0, "high": 0, "scales": 1, "qzeros": 1, "bias": 0}
+"""The dimension of outputs in the tensors of ``TiledLayout`` that have one."""
+
+
+def join(layers: Sequence[QuantLinear]) -> bool:
+    """Let the first of ``layers`` multiply for all, if they allow it: same kernel, same act-order, nothing padded.
+
+    To be called once they are bound. They are expected to be called in this order, with the same tensor each; should
+    they not be, they go back to multiplying one by one. While gradients are recorded they always do.
+
+    Returns:
+        Whether they were joined.
+    """
+    if len(layers) < 2 or not _can_join(layers):
+        return False
+    for name, dimension in _SIDE_BY_SIDE.items():
+        tensors = [layer._parameters.get(name) for layer in layers]
+        if tensors[0] is None:
+            continue
+        whole = torch.cat([tensor for tensor in tensors if tensor is not None], dimension)
+        start = 0
+        for layer, tensor in zip(layers, tensors, strict=True):
+            assert tensor is not None
+            width = tensor.shape[dimension]
+            layer.hold({name: whole.narrow(dimension, start, width) if start else whole})
+            start += width
+    joint = Joint(layers)
+    for place, layer in enumerate(layers):
+        layer.joint = (joint, place)
+    return True
+
+
+def _can_join(layers: Sequence[QuantLinear]) -> bool:
+    first = layers[0]
+    order = first._parameters.get("order")
+    for layer in layers:
+        own = layer._parameters.get("order")
+        kinds = [(type(each.provider), each.dtype, *_kind(each)) for each in (first, layer)]
+        if (
+            layer.joint is not None
+            or not isinstance(layer.layout, TiledLayout)
+            or kinds[0] != kinds[1]
+            or layer.spec.padded_out != layer.spec.out_features
+            or layer.spec.out_features % PADDED_N
+            or (own is None) != (order is None)
+            or (own is not None and order is not None and not torch.equal(own, order))
+        ):
+            return False
+    return True
+
+
+def _kind(layer: QuantLinear) -> tuple[object, ...]:
+    tensors = [layer._parameters.get(name) for name in ("codes", "scales", "bias")]
+    stored = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in tensors]
+    rows = None if tensors[1] is None else tensors[1].shape[0]
+    return (*(getattr(layer.spec, name) for name in _ALIKE), *stored, rows)
+
+
+class Joint:
+    """The product of joined layers, and the parts of its output that are still to be fetched."""
+
+    def __init__(self, layers: Sequence[QuantLinear]):
+        self._layers = tuple(layers)
+        self._widths = [layer.out_features for layer in layers]
+        total, spec = sum(self._widths), layers[0].spec
+        self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
+        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+
+    def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What ``layer``, the one at ``place``, returns for ``x``."""
+        waiting = self._waiting
+        if place == 0 and waiting is None:
+            parts = layer.multiply(x, self._spec).split(self._widths, -1)
+            self._waiting = (x, parts)
+            return parts[0]
+        if place > 0 and waiting is not None and waiting[0] is x:
+            if place == len(self._widths) - 1:
+                self._waiting = None
+            return waiting[1][place]
+        self.dissolve("they are not called one after the other with the same input")
+        return layer.multiply(x, layer.spec)
+
+    def dissolve(self, reason: str) -> None:
+        """Let each layer multiply by itself from now on."""
+        self._waiting = None
+        for layer in self._layers:
+            layer.joint = None
+        if not torch.compiler.is_compiling():
+            logger.info("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)

@@ -1,0 +1,167 @@
+"""Layers that share their input are multiplied in one, and stay what they are for everybody who looks at them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.projections import Shape, expected, make, relative_error
+
+from graftq.quant_linear.joint import join
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.selection import Selection
+from graftq.quant_linear.triton_provider import TritonProvider
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+WIDTHS = (256, 128, 128)
+CASES = {
+    "symmetric": Shape(),
+    "act-order": Shape(act_order=True),
+    "asymmetric with bias": Shape(sym=False, bias=True),
+    "3 bits in units": Shape(bits=3, group=48, k=320, act_order=True, sym=False),
+    "8 bits in one group": Shape(bits=8, group=-1),
+}
+
+
+def build(shape: Shape, device: str) -> tuple[list[QuantLinear], list[GptqTensors]]:
+    """Layers of :data:`WIDTHS` outputs with one act-order, bound, and what they were made of."""
+    layers, stored = [], []
+    for seed, n in enumerate(WIDTHS):
+        own = replace(shape, n=n)
+        tensors = make(own, seed, device)
+        if stored and shape.act_order:
+            tensors = replace(tensors, g_idx=stored[0].g_idx.clone())
+        layer = QuantLinear.from_tensors(own.spec(), tensors, lambda _: Selection(TritonProvider(), {}), torch.float16)
+        layer.bind(device, torch.float16)
+        layers.append(layer)
+        stored.append(tensors)
+    return layers, stored
+
+
+def check(layers: list[QuantLinear], stored: list[GptqTensors], x: torch.Tensor, *others: torch.Tensor) -> None:
+    """Hold what the layers return, for ``x`` or for ``others`` from the second layer on, against the reference."""
+    for layer, tensors, each in zip(layers, stored, (x, *(others or (x, x))), strict=True):
+        assert relative_error(layer(each), expected(each, tensors, layer.spec)) < 2e-3
+
+
+def multiplies_in_one(layers: list[QuantLinear]) -> bool:
+    return all(layer.joint is not None for layer in layers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_product(case: str, device: str):
+    layers, stored = build(CASES[case], device)
+    assert join(layers)
+    with torch.no_grad():
+        for m in (1, 3, 1, 1100):
+            check(layers, stored, torch.randn(m, CASES[case].k, device=device).half())
+    assert multiplies_in_one(layers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_by_one_while_gradients_are_recorded(case: str, device: str):
+    layers, stored = build(CASES[case], device)
+    join(layers)
+    for m in (1, 1100):
+        check(layers, stored, torch.randn(m, CASES[case].k, device=device).half())
+    assert multiplies_in_one(layers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_stored_tensors_come_back(case: str, device: str):
+    layers, stored = build(CASES[case], device)
+    join(layers)
+    for layer, tensors in zip(layers, stored, strict=True):
+        for name, tensor in vars(layer.checkpoint_tensors()).items():
+            original = getattr(tensors, name)
+            assert (tensor is None) == (original is None), name
+            if tensor is not None:
+                assert torch.equal(tensor, original), name
+                assert tensor.is_contiguous()
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes  # files take no part of another's memory
+
+
+def test_different_inputs_part_them(device: str, caplog: pytest.LogCaptureFixture):
+    layers, stored = build(CASES["act-order"], device)
+    join(layers)
+    x, y = (torch.randn(2, 256, device=device).half() for _ in range(2))
+    with torch.no_grad(), caplog.at_level("INFO", "graftq"):
+        check(layers, stored, x, y, y)
+        assert not multiplies_in_one(layers)
+        assert len(caplog.records) == 1
+        check(layers, stored, x)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_another_order_of_calls_parts_them(first: int, device: str):
+    layers, stored = build(CASES["symmetric"], device)
+    join(layers)
+    with torch.no_grad():
+        check(
+            layers[first:] + layers[:first], stored[first:] + stored[:first], torch.randn(2, 256, device=device).half()
+        )
+
+
+def test_moving_or_casting_one_parts_them(device: str):
+    layers, stored = build(CASES["act-order"], device)
+    join(layers)
+    layers[1].to(device)
+    assert multiplies_in_one(layers)
+    layers[1].to(torch.bfloat16).to(torch.float16)
+    assert not multiplies_in_one(layers)
+    with torch.no_grad():
+        assert (
+            relative_error(
+                layers[0](x := torch.randn(2, 256, device=device).half()), expected(x, stored[0], layers[0].spec)
+            )
+            < 2e-3
+        )
+
+
+def test_a_layer_that_gives_its_tensors_away_leaves_the_others_theirs(device: str):
+    layers, stored = build(CASES["act-order"], device)
+    join(layers)
+    layers[0].release()
+    with torch.no_grad():
+        check(layers[1:], stored[1:], x := torch.randn(2, 256, device=device).half(), x)
+
+
+UNLIKE = {
+    "bits": replace(CASES["symmetric"], bits=8),
+    "groups": replace(CASES["symmetric"], group=64),
+    "symmetry": replace(CASES["symmetric"], sym=False),
+    "bias": replace(CASES["symmetric"], bias=True),
+    "act-order": replace(CASES["symmetric"], act_order=True),
+    "scales": replace(CASES["symmetric"], scales=torch.float32),
+}
+
+
+@pytest.mark.parametrize("difference", UNLIKE)
+def test_layers_that_differ_are_left_alone(difference: str, device: str):
+    layers = [build(shape, device)[0][0] for shape in (CASES["symmetric"], UNLIKE[difference])]
+    assert not join(layers)
+    assert not any(layer.joint for layer in layers)
+
+
+def test_one_product_in_a_compiled_graph(device: str):
+    layers, stored = build(CASES["act-order"], device)
+    join(layers)
+    products = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        products.extend(node for node in graph.graph.nodes if "tiled_linear" in str(node.target))
+        return graph
+
+    compiled = torch.compile(lambda x: torch.cat([layer(x) for layer in layers], -1), backend=backend, fullgraph=True)
+    x = torch.randn(3, 256, device=device).half()
+    with torch.no_grad():
+        wanted = torch.cat(
+            [expected(x, *each) for each in zip(stored, (layer.spec for layer in layers), strict=True)], -1
+        )
+        for _ in range(2):
+            assert relative_error(compiled(x), wanted) < 2e-3
+    assert len(products) == 1
+    assert multiplies_in_one(layers)
