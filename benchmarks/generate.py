@@ -3,6 +3,8 @@
     python benchmarks/mixtral_writer.py FOLDER --branch gptq-4bit-128g-actorder_True
     python benchmarks/generate.py FOLDER [--batches 1 4 8 32] [--modes eager static] [--csv FILE] [--plot FILE]
 
+Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); loop (eager,
+with experts one by one, as without a kernel for all of them; comes last, since it rearranges the model).
 A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose) could be read at
 the bandwidth measured in the same run, over the time it took.
 """
@@ -13,8 +15,10 @@ import argparse
 import csv
 import json
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,11 @@ from transformers import AutoModelForCausalLM
 
 from graftq.quant_linear.experts import QuantExperts
 
+MODES = ("eager", "static", "continuous", "loop")
 PROMPT = 128
 LONG_PROMPT = 3696
 CATEGORIES = {
-    "experts": ("expert",),
+    "experts": ("experts_matrix", "up_vector", "down_vector", "prepare_kernel", "weighted_sum"),
     "packed layers": ("matrix_kernel", "vector_kernel", "gather_kernel", "dequantize_kernel"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matmul": ("gemm", "gemv", "cutlass", "cublas", "splitk"),
@@ -56,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
-    parser.add_argument("--modes", nargs="+", default=["eager", "static"], choices=["eager", "static", "continuous"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "static"], choices=MODES)
     parser.add_argument("--new-tokens", type=int, default=129)
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--long-prompt", type=int, default=LONG_PROMPT)
@@ -72,7 +77,10 @@ def main() -> None:
         seconds = _median(lambda length=length: _generate(model, _prompts(model, 1, length), 1))
         print(f"prefill of {length} tokens: {seconds * 1e3:.1f} ms, {length / seconds:.0f} tokens/s")
     rows = []
-    for mode in options.modes:
+    for mode in sorted(options.modes, key=MODES.index):
+        if mode == "loop":
+            for experts in _experts(model):
+                experts.separate = True
         for batch in options.batches:
             rows.append(_decode(model, mode, batch, options.prompt, options.new_tokens, bandwidth))
             print(_line(rows[-1]), flush=True)
@@ -116,25 +124,43 @@ def read_bandwidth() -> float:
     return data.nbytes / min(_timed(data.sum) for _ in range(10))
 
 
-def _resident_peak() -> int:
+def _own_memory() -> int:
+    """Resident bytes of this process that are not pages of files, which the system can drop at any time."""
     with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        return sum(int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon", "RssShmem")))
+
+
+@contextmanager
+def _sampled_peak(interval: float = 0.005) -> Iterator[list[int]]:
+    """A list that will hold by how much the process's own memory grew at most."""
+    before, peak, done = _own_memory(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], _own_memory() - before)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def _load(folder: Path) -> Any:
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    before = _resident_peak()
     loaded: list[Any] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = _timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
+    with _sampled_peak() as host:
+        seconds = _timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
     model = loaded[0]
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     print(f"loaded {sum(files) / 1e9:.2f} GB in {seconds:.1f} s: {sum(files) / 1e9 / seconds:.2f} GB/s")
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         print(f"GPU memory: peak {peak / 1e9:.2f} GB, {peak / held:.3f} of the {held / 1e9:.2f} GB held")
-    growth = _resident_peak() - before
-    print(f"host memory: peak +{growth / 1e9:.2f} GB; the largest file has {max(files) / 1e9:.2f} GB")
+    print(f"host memory: peak +{host[0] / 1e9:.2f} GB; the largest file has {max(files) / 1e9:.2f} GB")
     return model
 
 
@@ -211,14 +237,18 @@ def _breakdown(model: Any, mode: str, length: int, steps: int = 16) -> str:
         with torch.profiler.profile(activities=activities) as profiler:
             _generate(model, inputs, count, mode)
             _synchronize()
+        events = profiler.events() or []
+        kernels = sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
         times: dict[str, float] = dict.fromkeys((*CATEGORIES, "other"), 0.0)
-        kernels = replays = 0
-        for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                kernels += 1
-                times[_category(event.name)] += event.self_device_time_total
-            replays += event.name == "cudaGraphLaunch"
-        return times, kernels, replays
+        busy_until = 0.0
+        for start, end, name in kernels:  # one may start before the last ends: time belongs to the first
+            times[_category(name)] += max(0.0, end - max(start, busy_until))
+            busy_until = max(busy_until, end)
+        return times, len(kernels), sum(event.name == "cudaGraphLaunch" for event in events)
 
     (short, few, _), (long, many, replays) = profile(1), profile(1 + steps)
     parts = ", ".join(f"{name} {(long[name] - short[name]) / steps:.0f}" for name in long)

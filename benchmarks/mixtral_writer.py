@@ -97,7 +97,7 @@ def write(
         save_file(tensors, folder / name, metadata={"format": "pt"})
         return name, {tensor: value.nbytes for tensor, value in tensors.items()}
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:  # torch lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # torch lets go of the interpreter's lock
         for name, sizes in pool.map(make_shard, range(shards)):
             weight_map.update(dict.fromkeys(sizes, name))
             total += sum(sizes.values())

@@ -5,7 +5,7 @@ What the dense kernels' measurements (``docs/performance.md``) say carries over,
 
 * One token: each of its experts' rows are tiles of their own; eight programs of the vector kernel are resident on a
   processor. The first product of Mixtral (2 experts, 448 tiles each) fills an H100 without splits of K and their
-  tail, the second and all of Qwen3's need them.
+  tail, and then has longer steps; the second and all of Qwen3's need splits, and long sums larger tiles.
 * Few tokens an expert: 16-token tiles cost what fewer would (the weights' bytes decide), and hold nearly any expert's
   share, so that its weights are read once.
 * Many: 64 and 128 tokens, two groups of four warps to share them.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from graftq.quant_linear.tiles import Device, Tile, tile_splits
+from graftq.quant_linear.tiles import Device, Tile, filled, tile_splits
 
 TOKENS_AT_ONCE = 4096
 """Most tokens that go through a layer together: bounds what lies between its products."""
@@ -85,14 +85,13 @@ def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, exp
 @lru_cache(maxsize=1024)
 def choose_vector(device: Device, bits: int, n: int, atoms: int, top_k: int) -> Tile:
     """The tile of one product for a single token's ``top_k`` experts; other arguments as :func:`choose_matrix`."""
-    rows = 128 if bits == 2 else 64  # as for dense layers: few bits, and the activations' own loads weigh
-    resident = 8 * device.processors * 64 // rows * (2 if bits < 4 else 1)
     unroll = 2 if atoms % 2 == 0 else 1
-    splits = _filled(tile_splits(resident, n, rows, top_k, atoms, shortest=2), atoms, unroll)
-    return Tile(rows, 1, unroll, splits, stages=1)
-
-
-def _filled(splits: int, atoms: int, unroll: int) -> int:
-    """Those of so many splits of K that get any atoms."""
-    per_split = -(-atoms // (splits * unroll)) * unroll
-    return -(-atoms // per_split)
+    rows, resident = (128 if bits == 2 else 64), 8  # as for dense layers
+    registers = None
+    if bits > 2 and tile_splits(8 * device.processors, n, 64, top_k, atoms, shortest=2) == 1:
+        unroll = 4 if atoms % 4 == 0 else unroll
+        registers = 64 if bits == 4 else None
+    elif bits == 4 and atoms >= 64:
+        rows, resident = 128, 5
+    splits = tile_splits(resident * device.processors, n, rows, top_k, atoms, shortest=2)
+    return Tile(rows, 1, unroll, filled(splits, atoms, unroll), stages=1, registers=registers)

@@ -77,7 +77,11 @@ def _kind(layer: QuantLinear) -> tuple[object, ...]:
 
 
 class Joint:
-    """The product of joined layers, and the parts of its output that are still to be fetched."""
+    """The product of joined layers, and the parts of its output that are still to be fetched.
+
+    That the layers are called with the same tensor does not say that it still holds the same numbers. So the first
+    time the numbers are compared, eagerly: what comes before that, compiled or captured, multiplies one by one.
+    """
 
     def __init__(self, layers: Sequence[QuantLinear]):
         self._layers = tuple(layers)
@@ -85,25 +89,39 @@ class Joint:
         total, spec = sum(self._widths), layers[0].spec
         self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
         self._waiting: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+        self._numbers: torch.Tensor | None = None
+        self._is_proven = False
 
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place``, returns for ``x``."""
+        if not self._is_proven and (torch.compiler.is_compiling() or _is_capturing(x)):
+            return layer.multiply(x, layer.spec)
         waiting = self._waiting
         if place == 0 and waiting is None:
             parts = layer.multiply(x, self._spec).split(self._widths, -1)
             self._waiting = (x, parts)
+            if not self._is_proven:
+                self._numbers = x.clone()
             return parts[0]
-        if place > 0 and waiting is not None and waiting[0] is x:
+        if place > 0 and waiting is not None and waiting[0] is x and self._still_holds(x):
             if place == len(self._widths) - 1:
-                self._waiting = None
+                self._waiting = self._numbers = None
+                self._is_proven = True
             return waiting[1][place]
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
 
+    def _still_holds(self, x: torch.Tensor) -> bool:
+        return self._is_proven or (self._numbers is not None and torch.equal(self._numbers, x))
+
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
-        self._waiting = None
+        self._waiting = self._numbers = None
         for layer in self._layers:
             layer.joint = None
         if not torch.compiler.is_compiling():
             logger.info("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
+
+
+def _is_capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -81,25 +81,25 @@ def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Til
     unroll = 2 if atoms % 2 == 0 else 1
     if m == 1 and (group == 0 or group >= 128):
         rows = 128 if bits == 2 else 64  # the fewer bits, the more the activations' own loads weigh
-        splits = tile_splits(8 * device.processors * 64 // rows * (2 if bits < 4 else 1), n, rows, 1, atoms, shortest=2)
-        return Tile(rows, 1, unroll, splits, stages=1)
+        splits = tile_splits(8 * device.processors, n, rows, 1, atoms, shortest=2)
+        return Tile(rows, 1, unroll, filled(splits, atoms, unroll), stages=1)
     hopper = device.capability == 90
     if m <= 16:
         splits = tile_splits(5 * device.processors, n, 64, 1, atoms, shortest=4)
-        return Tile(64, 16, unroll if splits == 1 else 1, splits)
+        return Tile(64, 16, unroll if splits == 1 or atoms >= 12 * splits else 1, splits)
     if m <= 32:
         return Tile(64, 32, 1, tile_splits(4 * device.processors, n, 64, 1, atoms, shortest=4))
     cap = 128 if hopper else None
     if m > 64 or _tiles(n, 64) * 2 > 4 * device.processors:
         # Two groups of four warps share the activations of a tile.
         tiles_m = -(-m // 64)
-        if _tiles(n, 64) * tiles_m <= device.processors:
-            return Tile(64, 64, 1, tile_splits(4 * device.processors, n, 64, tiles_m, atoms, shortest=8), registers=cap)
+        if _tiles(n, 64) * tiles_m <= device.processors and atoms < 64:
+            return Tile(64, 64, unroll, tile_splits(2 * device.processors, n, 64, tiles_m, atoms, shortest=8))
         if tiles_m > 1 and _tiles(n, 128) * tiles_m > 2 * device.processors:
             return Tile(128, 128, 1, 1, warps=8, registers=cap, scale_weights=True)
         splits = tile_splits(2 * device.processors, n, 128, tiles_m, atoms, shortest=8)
         return Tile(128, 64, 1, splits, warps=8, registers=cap)
-    return Tile(64, 64, 1, tile_splits(4 * device.processors, n, 64, 1, atoms, shortest=8), registers=cap)
+    return Tile(64, 64, unroll, tile_splits(2 * device.processors, n, 64, 1, atoms, shortest=8))
 
 
 def _tiles(n: int, rows: int) -> int:
@@ -109,3 +109,9 @@ def _tiles(n: int, rows: int) -> int:
 def tile_splits(resident: int, n: int, rows: int, tiles_m: int, atoms: int, shortest: int) -> int:
     """Splits so that ``resident`` programs are not exceeded and none has fewer than ``shortest`` atoms."""
     return max(1, min(resident // (_tiles(n, rows) * tiles_m), atoms // shortest, 32))
+
+
+def filled(splits: int, atoms: int, unroll: int) -> int:
+    """Those of so many splits of K that get any atoms, in steps of ``unroll``."""
+    per_split = -(-atoms // (splits * unroll)) * unroll
+    return -(-atoms // per_split)

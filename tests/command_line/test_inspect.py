@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import edit, edit_config, write_pair
+from support.checkpoints import drop_g_idx, edit, edit_config, write_pair, zero_g_idx
 from support.gptq import Recipe
 from support.models import tiny
 from support.processes import ROOT, run
@@ -66,16 +66,6 @@ def test_a_checkpoint_without_traps(inspect: Inspect, checkpoint: Path) -> None:
     assert "act-order    yes, seen in 7 of 7 modules" in out
 
 
-def no_g_idx(state: State) -> None:
-    for name in [name for name in state if name.endswith("g_idx")]:
-        del state[name]
-
-
-def zero_g_idx(state: State) -> None:
-    for name in [name for name in state if name.endswith("g_idx")]:
-        state[name].zero_()
-
-
 def sorted_g_idx(state: State) -> None:
     for name in [name for name in state if name.endswith("g_idx")]:
         state[name] = state[name].sort().values
@@ -96,7 +86,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "parameters", "trap"),
     [
-        (no_g_idx, {"desc_act": False}, "g_idx is missing"),
+        (drop_g_idx, {"desc_act": False}, "g_idx is missing"),
         (zero_g_idx, {"desc_act": False}, "g_idx is all zeros, and means no act-order"),
         (sorted_g_idx, {}, "desc_act is true, but g_idx is in order"),
         (None, {"desc_act": False}, "desc_act is false, but g_idx is unordered"),

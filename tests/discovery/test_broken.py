@@ -34,6 +34,7 @@ def import_with_one_warning(installed: Path) -> tuple[str, str]:
         ("plugin/manager.py", "SyntaxError"),
         ("adapters/transformers/__init__.py", "graftq.adapters:graftq.adapters.transformers failed"),
         ("adapters/transformers/seams.py", "taking over transformers."),
+        ("adapters/transformers/quantizer.py", "taking over transformers."),
     ],
 )
 def test_syntax_error(file: str, blamed: str, installed: Path) -> None:

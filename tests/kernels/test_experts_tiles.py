@@ -62,13 +62,14 @@ def test_slots_of_an_expert_that_has_any():
 
 @pytest.mark.parametrize(
     ("n", "atoms", "top_k", "splits"),
-    [(28672, 32, 2, 1), (4096, 112, 2, 8), (1536, 16, 8, 4), (2048, 6, 8, 3)],
+    [(28672, 32, 2, 1), (4096, 112, 2, 10), (1536, 16, 8, 4), (2048, 6, 8, 3)],
     ids=["Mixtral up", "Mixtral down", "Qwen3 up", "Qwen3 down"],
 )
 def test_one_token_fills_the_device_once(n: int, atoms: int, top_k: int, splits: int):
     tile = choose_vector(H100, 4, n, atoms, top_k)
     assert tile.splits == splits
-    assert 0.5 < n // 64 * top_k * splits / (8 * H100.processors) <= 1
+    # Half as many of twice the rows are resident, or a few more: they take less than twice the registers.
+    assert 0.5 < n // tile.rows * top_k * splits / ((8 if tile.rows == 64 else 5) * H100.processors) <= 1
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,18 @@ def edit(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, metadata={"format": "pt"})
 
 
+def drop_g_idx(state: dict[str, torch.Tensor]) -> None:
+    """A change for :func:`edit`: no projection has a ``g_idx``."""
+    for name in [name for name in state if name.endswith(".g_idx")]:
+        del state[name]
+
+
+def zero_g_idx(state: dict[str, torch.Tensor]) -> None:
+    """A change for :func:`edit`: every ``g_idx`` is there, and all zeros."""
+    for name in [name for name in state if name.endswith(".g_idx")]:
+        state[name].zero_()
+
+
 def edit_config(checkpoint: Path, **changes: Any) -> None:
     """Change quantisation parameters wherever ``checkpoint`` states them; None deletes one."""
     for name in ("config.json", "quantize_config.json"):

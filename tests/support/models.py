@@ -38,6 +38,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"pad_token_id": 0}),
     "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
     "gpt_neox": ("GPTNeoXConfig", {}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 64}),
@@ -61,9 +62,13 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
 def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A random float32 model; biases and norms random too, so that nothing hides behind zeros and ones."""
+    """A random float32 model; biases and norms random too, so that nothing hides behind zeros and ones.
+
+    ``changes`` are made to its configuration; None leaves transformers' own default.
+    """
     class_name, extra = CONFIGS[name]
-    config = getattr(transformers, class_name)(**{**COMMON, **extra, **changes})
+    settings = {**COMMON, **extra, **changes}
+    config = getattr(transformers, class_name)(**{key: value for key, value in settings.items() if value is not None})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

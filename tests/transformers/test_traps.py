@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import edit, edit_config, write_pair
+from support.checkpoints import drop_g_idx, edit, edit_config, write_pair, zero_g_idx
 from support.gptq import Recipe
 from support.loading import assert_right, load
 from support.models import tiny
@@ -109,17 +109,7 @@ def test_bias_missing_where_the_model_has_one(tmp_path: Path) -> None:
         load(checkpoint)
 
 
-def without_g_idx(state: State) -> None:
-    for name in [name for name in state if name.endswith(".g_idx")]:
-        del state[name]
-
-
-def zero_g_idx(state: State) -> None:
-    for name in [name for name in state if name.endswith(".g_idx")]:
-        state[name].zero_()
-
-
-@pytest.mark.parametrize("change", [without_g_idx, zero_g_idx], ids=["missing", "all zeros"])
+@pytest.mark.parametrize("change", [drop_g_idx, zero_g_idx], ids=["missing", "all zeros"])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_g_idx_says_nothing_without_act_order(name: str, change: Callable[[State], None], tmp_path: Path) -> None:
     checkpoint = write_pair(tmp_path, tiny(name), Recipe(desc_act=False))
@@ -129,7 +119,7 @@ def test_g_idx_says_nothing_without_act_order(name: str, change: Callable[[State
 
 def test_g_idx_missing_under_act_order(copy: Copy) -> None:
     checkpoint = copy("llama")
-    edit(checkpoint, without_g_idx)
+    edit(checkpoint, drop_g_idx)
     with pytest.raises(CheckpointError, match="desc_act is true but g_idx is missing"):
         load(checkpoint)
 
