@@ -51,11 +51,11 @@ _library.define(
 )
 
 
-def _tiled_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *arguments: object) -> torch.Tensor:
+def tiled_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *arguments: object) -> torch.Tensor:
     """The layer's output [T, H] for ``x`` [T, H], fp16 or bf16. Arguments: the stacks up and down, the signature."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(x.device):
-            return _tiled_experts(x, index, weights, *arguments)
+            return tiled_experts(x, index, weights, *arguments)
     *tensors, signature = arguments
     size = len(Stack._fields)
     up, down = Stack(*tensors[:size]), Stack(*tensors[size:])  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ class SeveralTokens:
         self._sum(summands, index, weights, down.biases[0], out)
 
 
-_library.impl("tiled_experts", _tiled_experts, "CompositeExplicitAutograd")
+_library.impl("tiled_experts", tiled_experts, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("graftq::tiled_experts", lib=_library)

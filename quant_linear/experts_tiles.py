@@ -88,7 +88,7 @@ def choose_vector(device: Device, bits: int, n: int, atoms: int, top_k: int) -> 
     unroll = 2 if atoms % 2 == 0 else 1
     rows, resident = (128 if bits == 2 else 64), 8  # as for dense layers
     registers = None
-    if bits > 2 and tile_splits(8 * device.processors, n, 64, top_k, atoms, shortest=2) == 1:
+    if bits in (3, 4) and tile_splits(8 * device.processors, n, 64, top_k, atoms, shortest=2) == 1:
         unroll = 4 if atoms % 4 == 0 else unroll
         registers = 64 if bits == 4 else None
     elif bits == 4 and atoms >= 64:

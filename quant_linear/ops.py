@@ -18,12 +18,12 @@ _library.define(f"tiled_linear(Tensor x, {_WEIGHTS}) -> Tensor")
 _library.define(f"tiled_linear_input_grad(Tensor grad, {_WEIGHTS}) -> Tensor")
 
 
-def _tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+def tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
     """``x @ W.T + bias`` for ``x`` [..., K], fp16 or bf16; [..., N]. Arguments: :class:`Weights`, the signature."""
     device = x.device
     if x.is_cuda and device.index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(device):
-            return _tiled_linear(x, *arguments)
+            return tiled_linear(x, *arguments)
     *weights, signature = arguments
     codes, _, scales, qzeros, order, bias = weights
     product = product_for(
@@ -78,7 +78,7 @@ class TiledLinear(torch.autograd.Function):
         return torch.ops.graftq.tiled_linear_input_grad(grad, *ctx.saved_tensors, ctx.signature), *[None] * 7
 
 
-_library.impl("tiled_linear", _tiled_linear, "CompositeExplicitAutograd")
+_library.impl("tiled_linear", tiled_linear, "CompositeExplicitAutograd")
 _library.impl("tiled_linear_input_grad", _tiled_linear_input_grad, "CompositeExplicitAutograd")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import torch
 
+from graftq.quant_linear.dispatch import is_unwatched
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
@@ -48,8 +51,16 @@ class TritonExperts:
             for tensor in (x, top_k_weights, module.up_bias, module.down_bias)
         )
         if spec.activation is not None and is_fused and not spec.has_norm and not learns:
-            return torch.ops.graftq.tiled_experts(x, top_k_index, top_k_weights, *up, *down, spec.signature)
+            run = _ops().tiled_experts if is_unwatched(x) else torch.ops.graftq.tiled_experts
+            return run(x, top_k_index, top_k_weights, *up, *down, spec.signature)
         return _step_by_step(module, x, top_k_index, top_k_weights, up, down)
+
+
+@cache
+def _ops() -> Any:
+    from graftq.quant_linear import experts_ops  # not at the top, where triton may be absent
+
+    return experts_ops
 
 
 _KIND = ("bits", "group_size", "num_groups", "in_features", "out_features", "padded_in", "padded_out")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
 
 import pluggy
 import torch
 
+from graftq.quant_linear.dispatch import is_unwatched
 from graftq.quant_linear.selection import (
     Accepted,
     ExpertsProvider,
@@ -60,10 +63,15 @@ class TritonProvider:
             spec.signature,
         )
         if x.requires_grad and torch.is_grad_enabled():
-            from graftq.quant_linear.ops import TiledLinear  # not at the top, where triton may be absent
+            return _ops().TiledLinear.apply(*arguments)
+        return (_ops().tiled_linear if is_unwatched(x) else torch.ops.graftq.tiled_linear)(*arguments)
 
-            return TiledLinear.apply(*arguments)
-        return torch.ops.graftq.tiled_linear(*arguments)
+
+@cache
+def _ops() -> Any:
+    from graftq.quant_linear import ops  # not at the top, where triton may be absent
+
+    return ops
 
 
 @pluggy.HookimplMarker("graftq")
