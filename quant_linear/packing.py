@@ -37,7 +37,7 @@ def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         code = octets[:, first] >> shift
         if shift + bits > 8:
             code |= octets[:, first + 1] << (8 - shift)
-        torch.bitwise_and(code, (1 << bits) - 1, out=codes[:, place])
+        codes[:, place] = code.bitwise_and_((1 << bits) - 1)  # not by `out=`, which torch.compile refuses for a view
     return codes.view(-1, columns)[:count]
 
 

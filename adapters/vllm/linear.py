@@ -25,6 +25,9 @@ SHARDS = {"q": 0, "k": 1, "v": 2}
 TENSORS = SUFFIXES[:-1]
 """What is loaded here; a bias is vLLM's own."""
 
+OUTPUT_DIM = {"qweight": 1, "qzeros": 1, "scales": 1}
+"""The dimension of the outputs, in the tensors that have one; in ``qzeros`` it is packed."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -84,6 +87,8 @@ class GraftqLinearMethod(LinearMethodBase):
             dtype = params_dtype if suffix == "scales" else torch.int32  # vLLM warns of floats for integers
             empty = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
             empty.weight_loader = partial(self.load, suffix)  # type: ignore[attr-defined]
+            if suffix in OUTPUT_DIM:  # Falcon's code asks for it, to bring queries, keys and values apart
+                empty.output_dim = OUTPUT_DIM[suffix]  # type: ignore[attr-defined]
             layer.register_parameter(suffix, empty)
 
     def load(

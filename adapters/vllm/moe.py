@@ -87,6 +87,9 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         Raises:
             CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
         """
+        if shard_id not in NAMES:  # GPT-OSS's own, for experts that are fused in the files
+            reason = f"graftq does not know vLLM's shard {shard_id!r}"
+            raise self.config.stored.explain(CheckpointError(reason, module=f"{layer.layer_name}.{expert_id}"))
         local = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if local >= 0:
             if (local, shard_id) not in self.arriving:

@@ -51,6 +51,15 @@ def test_dequantize_is_exact(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_unpacking_compiles_to_one_graph(bits: int) -> None:
+    """The reference is what runs, under ``torch.compile`` too, where no kernel does."""
+    torch.compiler.reset()  # lest numbers that differ from one call to the next become symbols
+    codes = torch.randint(0, 2**bits, (64, 5), dtype=torch.uint8)
+    compiled = torch.compile(unpack_codes, fullgraph=True, backend="eager")
+    assert compiled(pack_codes(codes, bits), bits, 64).equal(codes)
+
+
 def test_stored_zero_point_of_all_ones_means_two_to_the_bits() -> None:
     """AutoGPTQ adds one without masking: kept, because its kernels computed with it."""
     tensors, _ = quantize(torch.randn(8, 32), Recipe(), np.random.default_rng())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,55 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REAL = ROOT / "examples" / "tiny-mixtral-gptq"
 
-FORMATS: dict[str, tuple[str, Recipe, dict[str, Any]]] = {
-    "mixtral 3-bit act-order": ("mixtral", Recipe(bits=3, zero_bias=True), {}),
-    "mixtral 8-bit": ("mixtral", Recipe(bits=8, group_size=-1), {"layout": "sharded"}),
-    "mixtral 4-bit asymmetric": ("mixtral", Recipe(sym=False), {"layout": "AutoGPTQ's"}),
-    "llama 2-bit v2": ("llama", Recipe(bits=2, sym=False, checkpoint_format="gptq_v2"), {}),
-    "llama 4-bit in order": ("llama", Recipe(desc_act=False), {}),
-    "llama partly": (
-        "llama",
-        Recipe(),
-        {
-            "overrides": lambda name: None if "layers.1.self_attn" in name else Recipe(),
-            "dynamic": {r"-:.*layers\.1\.self_attn.*": {}},
-        },
-    ),
-    "qwen2 with biases": ("qwen2", Recipe(bits=4), {}),
-    "phi3, q, k and v in one": ("phi3", Recipe(bits=4), {}),
-    "gpt_neox, head by head": ("gpt_neox", Recipe(bits=3), {"only": r"(query_key_value|dense\w*)$"}),
+DEEPSEEK: dict[str, Any] = {
+    # The server's cache takes heads of this size alone, and its code this kind of rotary embedding.
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "routed_scaling_factor": 1.0,  # whatever it is, the server's code does not apply it
+    # As in DeepSeek's own files; not all of it is known to transformers.
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint to make up: architecture, how it is quantised, its sizes, and options of ``write_pair``."""
+
+    kind: str
+    recipe: Recipe
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+PARTLY = {
+    "overrides": lambda name: None if "layers.1.self_attn" in name else Recipe(),
+    "dynamic": {r"-:.*layers\.1\.self_attn.*": {}},
+}
+FORMATS = {
+    "mixtral 3-bit act-order": Format("mixtral", Recipe(bits=3, zero_bias=True)),
+    "mixtral 8-bit": Format("mixtral", Recipe(bits=8, group_size=-1), options={"layout": "sharded"}),
+    "mixtral 4-bit asymmetric": Format("mixtral", Recipe(sym=False), options={"layout": "AutoGPTQ's"}),
+    "llama 2-bit v2": Format("llama", Recipe(bits=2, sym=False, checkpoint_format="gptq_v2")),
+    "llama 4-bit in order": Format("llama", Recipe(desc_act=False)),
+    "llama partly": Format("llama", Recipe(), options=PARTLY),
+    "qwen2 with biases": Format("qwen2", Recipe(bits=4)),
+    "phi3, q, k and v in one": Format("phi3", Recipe(bits=4)),
+    "gpt_neox, head by head": Format("gpt_neox", Recipe(3), options={"only": r"(query_key_value|dense\w*)$"}),
+    "deepseek_v3, groups of experts": Format("deepseek_v3", Recipe(bits=3), sizes=DEEPSEEK),
 }
 
 
@@ -52,10 +85,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def make(name: str) -> Path:
         if name not in made:
-            kind, recipe, options = FORMATS[name]
+            own = FORMATS[name]
             # Four heads for keys and values, so that two shards have whole ones.
-            model = tiny(kind, vocab_size=2048, num_key_value_heads=4, max_position_embeddings=1024)
-            made[name] = write_pair(tmp_path_factory.mktemp("pair"), model, recipe, **options)
+            sizes = {"vocab_size": 2048, "num_key_value_heads": 4, "max_position_embeddings": 1024, **own.sizes}
+            folder = tmp_path_factory.mktemp("pair")
+            made[name] = write_pair(folder, tiny(own.kind, **sizes), own.recipe, **own.options)
             for folder in (made[name], made[name].parent / "float"):
                 _complete(folder)
         return made[name]
@@ -69,7 +103,10 @@ def _complete(folder: Path) -> None:
         shutil.copy(file, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config))
 

@@ -80,6 +80,7 @@ def test_tokens_of_a_real_checkpoint(path: str, checkpoint: Path, installed: Pat
         "qwen2 with biases",
         "phi3, q, k and v in one",
         "gpt_neox, head by head",
+        "deepseek_v3, groups of experts",
     ],
 )
 @pytest.mark.parametrize("path", PATHS)

@@ -25,6 +25,8 @@ def _all_but(part: str) -> Callable[[str], Recipe | None]:
 
 
 HEAD = r"(proj|lm_head)$"
+FALCON = r"(query_key_value|dense\w*)$"
+SHARED_EXPERT = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 REAL = copied(ROOT / "examples" / "tiny-mixtral-gptq")
 TRUTH = ROOT / "tests" / "data" / "tiny-mixtral-truth.npz"
 
@@ -45,6 +47,8 @@ KINDS = [
     Case("plain experts", "eager", pair("mixtral", Recipe(), overrides=_all_but("experts"))),
     Case("biases", "eager", pair("qwen2", Recipe(sym=False))),
     Case("fused in the files", "eager", pair("phi3", Recipe(3))),
+    Case("reordered by vLLM", "eager", pair("falcon", Recipe(3), only=FALCON, sizes={"head_dim": None})),
+    Case("shared experts", "eager", pair("qwen2_moe", Recipe(4), sizes=SHARED_EXPERT)),
     Case("Conv1D", "eager", pair("gpt2", Recipe(), sizes={"n_embd": 128})),
     Case("Qwen3-MoE", "eager", pair("qwen3_moe", Recipe(3), sizes={"moe_intermediate_size": 64})),
     Case("transformers' Llama", "eager", LLAMA, {"model_impl": "transformers"}),

@@ -75,6 +75,23 @@ def test_rows(recipe: Recipe, ranks: int, checkpoint: Checkpoint) -> None:
     assert relative_error(total, x @ checkpoint.weights[name].T) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_models_may_reorder_outputs(bits: int, checkpoint: Checkpoint) -> None:
+    """As vLLM's Falcon does, along the dimension that a parameter says is that of the outputs."""
+    name, heads, size = f"{ATTENTION}.query_key_value", 4, 32
+    checkpoint.add(name, heads * 3 * size, 64, Recipe(bits))
+    layer, x = LinearBase(), torch.randn(2, 64)
+    method = checkpoint.config().get_quant_method(layer, name)
+    create(method, layer, 64, [heads * size] * 3, (64, heads * 3 * size))
+    for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+        parameter, tensor = getattr(layer, suffix), checkpoint.tensors[f"{name}.{suffix}"]
+        if (dim := getattr(parameter, "output_dim", None)) is not None:
+            tensor = tensor.unflatten(dim, (heads, 3, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+        parameter.weight_loader(parameter, tensor)
+    expected = checkpoint.weights[name].unflatten(0, (heads, 3, size)).transpose(0, 1).flatten(0, 2)
+    assert relative_error(answer(method, layer, x), x @ expected.T) < 1e-5
+
+
 def test_ranks_that_share_key_and_value_heads(checkpoint: Checkpoint) -> None:
     for shard, size in {"q": 128, "k": 64, "v": 64}.items():
         checkpoint.add(f"{ATTENTION}.{shard}_proj", size, 64, Recipe())
@@ -224,6 +241,15 @@ def test_twice(checkpoint: Checkpoint) -> None:
     checkpoint.hand_over(layer, f"{ATTENTION}.o_proj")
     with pytest.raises(CheckpointError, match="two tensors for one place"):
         checkpoint.hand_over(layer, f"{ATTENTION}.o_proj")
+
+
+def test_unknown_shard_of_experts(checkpoint: Checkpoint) -> None:
+    checkpoint.add_experts("model.experts", 1, 64, 64, Recipe())
+    layer, _ = experts_layer(checkpoint, "model.experts", 1, range(1), 0, 1)
+    method = checkpoint.config().get_quant_method(layer, "model.experts")
+    method.create_weights(layer, 1, 64, 64, torch.float32)
+    with pytest.raises(CheckpointError, match="does not know vLLM's shard 'gpt_oss_w2'"):
+        checkpoint.hand_over_expert(layer, "model.experts.0.down_proj", "gpt_oss_w2", 0)
 
 
 def test_unknown_activation(checkpoint: Checkpoint) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.processes import evaluate
+from support.processes import evaluate, run
 
-ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+PLAIN = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+REFUSED = [{**PLAIN, "desc_act": True}, {**PLAIN, "bits": 3}, {**PLAIN, "sym": False}]
+"""What stock vLLM does not load, since 0.30."""
 SIGNATURES = """
 import inspect
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
@@ -32,7 +34,8 @@ load_general_plugins()
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 for value in ("all", "unsupported") if "graftq" in QUANTIZATION_METHODS else ():
     os.environ["GRAFTQ_VLLM"] = value
-    print("answer", get_quantization_config("graftq").override_quantization_method(ACT_ORDER, None, hf_config=None))
+    ask = get_quantization_config("graftq").override_quantization_method
+    print("answers", *(ask(raw, None, hf_config=None) for raw in CHECKPOINTS))
 """
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 
@@ -46,12 +49,20 @@ def test_signatures_are_those_of_the_base_classes(interpreter: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "answers"),
     [
-        ({"VLLM_PLUGINS": "graftq"}, ["answer graftq"] * 2),
+        ({"VLLM_PLUGINS": "graftq"}, ["answers graftq graftq graftq graftq", "answers graftq graftq graftq None"]),
         ({"VLLM_PLUGINS": "another"}, []),
         ({"GRAFTQ_DISABLE": "1"}, []),
     ],
     ids=["the only plugin", "not among the plugins", "disabled"],
 )
-def test_who_takes_act_order(environment: dict[str, str], answers: list[str], interpreter: str) -> None:
-    found = evaluate(f"ACT_ORDER = {ACT_ORDER}{ASKING}", python=interpreter, **QUIET, **environment)
-    assert [line for line in found if line.startswith("answer")] == answers
+def test_who_takes_what(environment: dict[str, str], answers: list[str], interpreter: str) -> None:
+    found = evaluate(f"CHECKPOINTS = {[*REFUSED, PLAIN]}{ASKING}", python=interpreter, **QUIET, **environment)
+    assert [line for line in found if line.startswith("answers")] == answers
+
+
+def test_another_version_is_left_alone(interpreter: str) -> None:
+    code = f"import vllm; vllm.__version__ = '0.29.0'\nCHECKPOINTS = {REFUSED}{ASKING}"
+    done = run("-c", code, python=interpreter, **QUIET)
+    assert "answers" not in done.stdout
+    (said,) = [line for line in done.stderr.splitlines() if "graftq" in line]
+    assert "graftq knows vLLM 0.30 to 0.33, and this is 0.29.0" in said
