@@ -101,7 +101,7 @@ class Joint:
             parts = layer.multiply(x, self._spec).split(self._widths, -1)
             self._waiting = (x, parts)
             if not self._is_proven:
-                self._numbers = x.clone()
+                self._numbers = _bits(x).clone()
             return parts[0]
         if place > 0 and waiting is not None and waiting[0] is x and self._still_holds(x):
             if place == len(self._widths) - 1:
@@ -112,7 +112,7 @@ class Joint:
         return layer.multiply(x, layer.spec)
 
     def _still_holds(self, x: torch.Tensor) -> bool:
-        return self._is_proven or (self._numbers is not None and torch.equal(self._numbers, x))
+        return self._is_proven or (self._numbers is not None and torch.equal(self._numbers, _bits(x)))
 
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
@@ -121,6 +121,11 @@ class Joint:
             layer.joint = None
         if not torch.compiler.is_compiling():
             logger.info("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The numbers as integers, since NaN does not equal itself."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 
 def _is_capturing(x: torch.Tensor) -> bool:

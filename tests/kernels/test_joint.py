@@ -95,6 +95,15 @@ def test_different_inputs_part_them(device: str, caplog: pytest.LogCaptureFixtur
         check(layers, stored, x)
 
 
+def test_an_input_without_numbers_does_not_part_them(device: str):
+    layers, _ = build(CASES["symmetric"], device)
+    join(layers)
+    x = torch.full((2, 256), float("nan"), device=device, dtype=torch.float16)
+    with torch.no_grad():
+        assert all(layer(x).isnan().all() for layer in layers)
+    assert multiplies_in_one(layers)
+
+
 def test_a_changed_input_parts_them(device: str):
     layers, stored = build(CASES["symmetric"], device)
     join(layers)
