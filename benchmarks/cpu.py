@@ -119,17 +119,34 @@ def dense(bandwidth: float) -> Iterator[Row]:
                 yield Row(f"{k}x{n}", label(bits, group, act_order), m, ms, roof, bf16[m], theirs)
 
 
-def gptqmodel_layers(spec: QuantSpec, tensors: GptqTensors) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """Layers of GPTQModel's fastest kernel for CPUs, as many as no cache holds; none where it cannot be had."""
+def gptqmodel_kernel(spec: QuantSpec) -> type | None:
+    """GPTQModel's fastest kernel for CPUs that computes bf16 layers; None where it has none, or is not installed.
+
+    Its AVX-512 kernel is compiled at the first use, by the compiler that it wants for that. Its 8-bit kernel rounds the
+    weights anew, to one scale a row. For 3 bits, and 4 without groups, it dequantises at each call.
+    """
     try:
-        from gptqmodel.nn_modules.qlinear.torch_fused import TorchFusedLinear  # type: ignore[import-not-found]
+        from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear  # type: ignore[import-not-found]
+        from gptqmodel.nn_modules.qlinear.torch_cpu_avx512 import TorchCpuAvx512Linear  # type: ignore[import-not-found]
+        from gptqmodel.nn_modules.qlinear.torch_int8 import TorchInt8Linear  # type: ignore[import-not-found]
     except ImportError:
-        return []
-    if spec.bits != 4 or spec.num_groups == 1:  # its form for these fails, or dequantises at each call
+        return None
+    if spec.bits == 8:
+        return TorchInt8Linear
+    if spec.bits != 4 or spec.num_groups == 1:
+        return None
+    is_wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return TorchCpuAvx512Linear if is_wide and TorchCpuAvx512Linear.validate_once()[0] else TorchAtenLinear
+
+
+def gptqmodel_layers(spec: QuantSpec, tensors: GptqTensors) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Layers of :func:`gptqmodel_kernel`, as many as no cache holds."""
+    kernel = gptqmodel_kernel(spec)
+    if kernel is None:
         return []
     layers = []
     for _ in range(2 + COLD_BYTES // tensors.qweight.nbytes):
-        layer = TorchFusedLinear(
+        layer = kernel(
             bits=spec.bits, group_size=spec.group_size, sym=True, desc_act=spec.desc_act, bias=False,
             in_features=spec.in_features, out_features=spec.out_features,
         )  # fmt: skip
@@ -139,6 +156,7 @@ def gptqmodel_layers(spec: QuantSpec, tensors: GptqTensors) -> list[Callable[[to
         layer.g_idx = g_idx if tensors.g_idx is None else tensors.g_idx
         layer.post_init()
         layers.append(layer.eval())
+        layer(torch.zeros(1, spec.in_features, dtype=torch.bfloat16))  # which may rearrange the weights only now
     return layers
 
 

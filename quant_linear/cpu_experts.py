@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graftq.quant_linear.cpu_layout import Int4Layout
+from graftq.quant_linear.cpu_layout import CpuLayout
 from graftq.quant_linear.cpu_ops import CpuExpertsLinear
 from graftq.quant_linear.cpu_provider import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.experts import QuantExperts
@@ -24,8 +24,8 @@ _KEPT = ("scales", "bias", "g_idx")  # tensors that keep the dtype they are stor
 
 
 @dataclass(frozen=True)
-class Int4ExpertsLayout:
-    """The tensors of :class:`Int4Layout`, stacked: ``packed_{projection}_{tensor}`` [E, ...].
+class StackedLayout:
+    """The tensors of :class:`CpuLayout`, stacked: ``packed_{projection}_{tensor}`` [E, ...].
 
     ``packed_dtypes``, int8 [E, projections, 3], remembers the stored dtypes of scales, bias and g_idx (-1: absent), and
     ``packed_{projection}_order`` is there if any expert's rows have moved. Experts whose groups lie differently are
@@ -63,11 +63,11 @@ class Int4ExpertsLayout:
         start = f"{PREFIX}{name}_"
         return {key.removeprefix(start): tensor for key, tensor in packed.items() if key.startswith(start)}
 
-    def _layouts(self, name: str) -> list[Int4Layout]:
+    def _layouts(self, name: str) -> list[CpuLayout]:
         return [layout_of(spec) for spec in self.spec.of(name)]
 
 
-def _stack(layouts: Sequence[Int4Layout], stored: list[GptqTensors]) -> dict[str, torch.Tensor]:
+def _stack(layouts: Sequence[CpuLayout], stored: list[GptqTensors]) -> dict[str, torch.Tensor]:
     """Pack each expert's tensors into stacks; empties ``stored``."""
     device = stored[0].qweight.device
     unit = min(layout.unit(tensors.g_idx) for layout, tensors in zip(layouts, stored, strict=True))
@@ -78,27 +78,14 @@ def _stack(layouts: Sequence[Int4Layout], stored: list[GptqTensors]) -> dict[str
     stacks: dict[str, torch.Tensor] = {}
     for expert, layout in enumerate(layouts):
         packed = layout.pack_in(stored.pop(0), unit)
-        packed = _padded(packed, rows, unit, layout.spec.in_features) if moved else packed
+        if moved:
+            layout.pad(packed, rows, unit)
         for suffix, tensor in packed.items():
             if suffix not in stacks:
                 dtype = dtypes.get(suffix) or tensor.dtype
                 stacks[suffix] = tensor.new_empty(len(layouts), *tensor.shape, dtype=dtype)
             stacks[suffix][expert] = tensor
     return stacks
-
-
-def _padded(packed: dict[str, torch.Tensor], rows: int, unit: int, in_features: int) -> dict[str, torch.Tensor]:
-    """With an ``order``, and up to ``rows`` places."""
-    own, pad = packed["codes"].shape[2], torch.nn.functional.pad
-    if "order" not in packed:
-        in_order = torch.arange(own, dtype=torch.int32, device=packed["codes"].device)
-        packed["order"] = in_order.clamp(max=in_features)
-    missing = rows - own
-    packed["codes"] = pad(packed["codes"], (0, 0, 0, missing))
-    packed["scales_and_zeros"] = pad(packed["scales_and_zeros"], (0, 0, 0, 0, 0, missing // unit))
-    packed["groups"] = pad(packed["groups"], (0, missing // unit))
-    packed["order"] = pad(packed["order"], (0, missing), value=in_features)
-    return packed
 
 
 def _common(stored: Sequence[GptqTensors], suffix: str) -> torch.dtype | None:
@@ -128,16 +115,16 @@ class CpuExperts:
                 return Rejected(f"the experts' {name} differ in {' and '.join(differing)}")
         return Accepted()
 
-    def layout(self, spec: ExpertsSpec) -> Int4ExpertsLayout:
-        """Stacks of nibbles."""
-        return Int4ExpertsLayout(spec)
+    def layout(self, spec: ExpertsSpec) -> StackedLayout:
+        """Stacks of nibbles or bytes."""
+        return StackedLayout(spec)
 
     @torch.amp.autocast("cpu", enabled=False)  # which would refuse to join float16 tensors
     def experts(
         self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Shapes as in :meth:`QuantExperts.forward`; differentiable in ``x`` and the weights."""
-        layout, packed = Int4ExpertsLayout(module.spec), module.packed()
+        layout, packed = StackedLayout(module.spec), module.packed()
         up = [_linear(x, top_k_index, layout.of(packed, name), module.spec.of(name)) for name in module.spec.names[:-1]]
         hidden = up[0]
         if len(up) == 2:

@@ -1,4 +1,4 @@
-"""The arrangements of a projection that torch's kernels for CPUs read: nibbles up to 4 bits, bytes for 8."""
+"""The arrangements of a projection that torch's kernels for CPUs read: nibbles or bytes."""
 
 from __future__ import annotations
 
@@ -94,9 +94,8 @@ class CpuLayout:
         packed["groups"] = pad(packed["groups"], (0, missing // unit))
         packed["order"] = pad(packed["order"], (0, missing), value=self.spec.in_features)
 
-    @staticmethod
     @abstractmethod
-    def rows(codes: torch.Tensor) -> int:
+    def rows(self, codes: torch.Tensor) -> int:
         """Places that ``codes`` has."""
 
     @abstractmethod
@@ -137,13 +136,15 @@ class CpuLayout:
 class Int4Layout(CpuLayout):
     """Nibbles in the int4 kernel's order, ``block`` output rows side by side; 2 and 3 bits are widened, 8 as middle.
 
-    =================== ================================ ============================================================
-    tensor              shape                            meaning
-    =================== ================================ ============================================================
-    codes               uint8 [blocks, rows, block/2]    byte i of a row: the codes of outputs i (low nibble) and
-                                                         i + block/2 of the block
-    scales_and_zeros    bf16 [units, blocks*block, 2]    ``w = (nibble - 8) * scale + zero``
-    =================== ================================ ============================================================
+    8 bits are a product of twice the length: all rows' high nibbles, then their low ones.
+
+    =================== ====================================== ======================================================
+    tensor              shape                                  meaning
+    =================== ====================================== ======================================================
+    codes               uint8 [blocks, halves*rows, block/2]   byte i of a row: the codes of outputs i (low nibble)
+                                                               and i + block/2 of the block
+    scales_and_zeros    bf16 [halves*units, blocks*block, 2]   ``w = (nibble - 8) * scale + zero``, summed over halves
+    =================== ====================================== ======================================================
 
     Attributes:
         block: 64 or 32, what this machine's kernel wants.
@@ -154,67 +155,75 @@ class Int4Layout(CpuLayout):
     UNITS = (256, 128, 64, 32)
 
     @property
+    def halves(self) -> int:
+        """Nibbles per code."""
+        return 2 if self.spec.bits == 8 else 1
+
+    @property
     def _blocks(self) -> int:
         return -(-self.spec.padded_out // self.block)
 
-    @staticmethod
-    def rows(codes: torch.Tensor) -> int:
+    def rows(self, codes: torch.Tensor) -> int:
         """Places that ``codes`` has."""
-        return codes.shape[1]
+        return codes.shape[1] // self.halves
 
     def _pack_codes(self, qweight: torch.Tensor, places: Places) -> torch.Tensor:
-        block, rows, count = self.block, places.rows, stored_rows(self.spec)
-        packed = qweight.new_zeros(self._blocks, rows, block // 2, dtype=torch.uint8)
+        block, bits, count = self.block, self.spec.bits, stored_rows(self.spec)
+        packed = qweight.new_zeros(self._blocks, self.halves, places.rows, block // 2, dtype=torch.uint8)
         order = None if places.order is None else places.order.clamp(max=count - 1)
         for chunk in self._chunks(self._blocks, block):
             words = qweight[:, chunk.start * block : chunk.stop * block]
             words = torch.nn.functional.pad(words, (0, (chunk.stop - chunk.start) * block - words.shape[1]))
-            codes = self._stored_codes(words) + shift_of(self.spec.bits)
-            low, high = codes.view(count, -1, 2, block // 2).unbind(2)
-            pairs = (high << 4).bitwise_or_(low)
-            pairs = pairs[:rows] if order is None else pairs.index_select(0, order)
-            packed[chunk, : len(pairs)] = pairs.transpose(0, 1)
-        return packed
+            codes = self._stored_codes(words) + shift_of(bits)
+            for half, nibbles in enumerate((codes,) if self.halves == 1 else (codes >> 4, codes & 15)):
+                low, high = nibbles.view(count, -1, 2, block // 2).unbind(2)
+                pairs = (high << 4).bitwise_or_(low)
+                pairs = pairs[: places.rows] if order is None else pairs.index_select(0, order)
+                packed[chunk, half, : len(pairs)] = pairs.transpose(0, 1)
+        return packed.flatten(1, 2)
 
     def _unpack_codes(self, packed: torch.Tensor, places: Places) -> torch.Tensor:
         columns = []
         for chunk in self._chunks(self._blocks, self.block):
-            pairs = packed[chunk]
-            codes = torch.cat((pairs & 15, pairs >> 4), -1).transpose(0, 1).flatten(1)
+            codes = torch.cat(bytes_of(packed[chunk], self.halves), -1).transpose(0, 1).flatten(1)
             columns.append(self._words(codes - shift_of(self.spec.bits), places))
         return torch.cat(columns, 1)[:, : self.spec.padded_out].contiguous()
 
     def _scales_and_zeros(self, tensors: GptqTensors, places: Places) -> torch.Tensor:
         spec = self.spec
         scales, zeros = _rounded_scales_and_zeros(tensors, spec)
-        shape = (spec.num_groups, self._blocks * self.block, 2)
+        shape = (self.halves, spec.num_groups, self._blocks * self.block, 2)
         paired = torch.zeros(shape, dtype=torch.bfloat16, device=scales.device)
-        real = paired[:, : spec.out_features]
-        real[..., 0], real[..., 1] = scales, zeros
-        return paired.index_select(0, places.groups)
+        real = paired[:, :, : spec.out_features]
+        if self.halves == 2:
+            zeros = zeros + 8 * scales  # of the low nibbles, around their own middle
+            real[1, ..., 0], real[1, ..., 1] = scales, zeros - zeros.bfloat16().float()  # what rounding left over
+            scales = 16 * scales
+        real[0, ..., 0], real[0, ..., 1] = scales, zeros
+        return paired.index_select(1, places.groups).flatten(0, 1)
 
     def _pad_codes(self, packed: dict[str, torch.Tensor], rows: int, units: int) -> None:
         pad = torch.nn.functional.pad
-        packed["codes"] = pad(packed["codes"], (0, 0, 0, rows))
-        packed["scales_and_zeros"] = pad(packed["scales_and_zeros"], (0, 0, 0, 0, 0, units))
+        for name, dim, missing in (("codes", 1, rows), ("scales_and_zeros", 0, units)):
+            halves = packed[name].unflatten(dim, (self.halves, -1))
+            packed[name] = pad(halves, (0, 0) * (halves.dim() - dim - 2) + (0, missing)).flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True)
 class Int8Layout(CpuLayout):
-    """Bytes as torch's int8 kernel reads them, unit by unit.
+    """8-bit codes as torch's int8 kernel reads them: a product for each unit.
 
-    =================== ========================== ==================================================================
-    tensor              shape                      meaning
-    =================== ========================== ==================================================================
+    =================== ============================ ================================================================
+    tensor              shape                        meaning
+    =================== ============================ ================================================================
     codes               int8 [units, outputs, unit]  codes less 128; ``outputs`` is the stored number
-    scales_and_zeros    bf16 [units, 3, outputs]   ``w = code * scale + zero``, where ``zero`` is the sum of the last two
-    =================== ========================== ==================================================================
+    scales_and_zeros    bf16 [units, 3, outputs]     ``w = code * scale + zero``, ``zero`` being the last two's sum
+    =================== ============================ ================================================================
     """
 
     UNITS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 
-    @staticmethod
-    def rows(codes: torch.Tensor) -> int:
+    def rows(self, codes: torch.Tensor) -> int:
         """Places that ``codes`` has."""
         return codes.shape[0] * codes.shape[2]
 
@@ -263,3 +272,19 @@ def _rounded_scales_and_zeros(tensors: GptqTensors, spec: QuantSpec) -> tuple[to
 def shift_of(bits: int) -> int:
     """What is added to a code of 2 or 3 bits, so that its middle is a nibble's."""
     return 8 - 2 ** (bits - 1) if bits < 4 else 0
+
+
+def bytes_of(codes: torch.Tensor, halves: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes out of ``codes`` of :class:`Int4Layout`, one per byte, :func:`shift_of` still added.
+
+    Args:
+        codes: uint8 [blocks, halves * rows, block / 2].
+        halves: Nibbles per code.
+
+    Returns:
+        uint8 [blocks, rows, block / 2] twice: of the first half of each block's outputs, and of the second.
+    """
+    if halves == 1:
+        return codes & 15, codes >> 4
+    high, low = codes.chunk(2, 1)
+    return high << 4 | low & 15, high & 240 | low >> 4

@@ -1,24 +1,24 @@
 """The quantised linear layer on a CPU, as operators of ``torch.ops.graftq`` that ``torch.compile`` sees whole.
 
-Few tokens go through torch's int4 and int8 kernels, which read the weights as they are and compute in bf16 with float32
-sums. Many tokens, and float32, go through tiles: some output rows are dequantised into a workspace and multiplied there.
+Few tokens go through torch's int4 and int8 kernels, which read the weights as they are and compute in bf16 with
+float32 sums. Many tokens, and float32, go through tiles: some output rows are dequantised into a workspace and
+multiplied there.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from itertools import groupby
 
 import torch
 
-from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles, multiply_tiles_transposed
-
-_FEW_TOKENS = {(4, torch.bfloat16): 40, (8, torch.bfloat16): 16, (4, torch.float32): 16, (8, torch.float32): 16}
-"""Most tokens that the kernels are faster for, by nibbles or bytes and the dtype that tiles are multiplied in."""
+from graftq.quant_linear.cpu_kernels import multiply
+from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles_transposed
 
 _WEIGHTS = (
     "Tensor codes, Tensor scales_and_zeros, Tensor groups, Tensor scales, Tensor qzeros, Tensor? order, Tensor? bias, "
     "int bits, bool sym, int zero_offset"
 )
+_LARGEST = torch.iinfo(torch.int32).max
 _library = torch.library.Library("graftq", "FRAGMENT")
 _library.define(f"cpu_linear(Tensor x, {_WEIGHTS}, int out_features) -> Tensor")
 _library.define(f"cpu_linear_input_grad(Tensor grad, {_WEIGHTS}, int in_features) -> Tensor")
@@ -26,51 +26,106 @@ _library.define(f"cpu_experts_linear(Tensor x, Tensor index, {_WEIGHTS}, int out
 _library.define(f"cpu_experts_linear_input_grad(Tensor grad, Tensor index, {_WEIGHTS}, int in_features) -> Tensor")
 
 
-@lru_cache(maxsize=1)
-def int4_block() -> int | None:
-    """Output rows that torch's int4 kernel packs side by side on this machine; None if it cannot be used.
-
-    Asked of the kernel itself, by a small product: the order of the nibbles depends on the instruction set, and the
-    kernel on the version of torch.
-    """
-    try:
-        pack, multiply = torch.ops.aten._convert_weight_to_int4pack_for_cpu, torch.ops.aten._weight_int4pack_mm_for_cpu
-        codes = (torch.arange(128 * 64, device="cpu") * 7 // 3 % 16).view(128, 64).to(torch.int32)
-        packed = pack(codes, 1)
-        for block in (64, 32):
-            low, high = codes.view(-1, 2, block // 2, 64).permute(1, 0, 3, 2)
-            if packed.flatten().equal((high << 4 | low).to(torch.uint8).flatten()):
-                x = torch.eye(64, device="cpu", dtype=torch.bfloat16)[:5] * 2
-                scales_and_zeros = torch.tensor([0.5, 3.0], device="cpu", dtype=torch.bfloat16).expand(2, 128, 2)
-                found = multiply(x, packed, 32, scales_and_zeros.contiguous())
-                return block if found.float().equal((codes.T[:5] - 8.0) + 6) else None
-    except (AttributeError, RuntimeError, NotImplementedError):
-        pass
-    return None
+def _linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """``x @ W.T + bias`` for ``x`` [M, K]: [M, N] in its dtype. Arguments: :class:`Weights`, then N."""
+    w, n = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(n, int)
+    out = multiply(_placed(x, w), w, n)
+    if w.bias is not None:
+        out = out + w.bias[:n].to(out.dtype)
+    return out.to(x.dtype)
 
 
-@lru_cache(maxsize=1)
-def has_int8_kernel() -> bool:
-    """Whether torch's int8 kernel can be used on this machine, asked of it by a small product."""
-    try:
-        codes = (torch.arange(24 * 32, device="cpu") % 251 - 128).view(24, 32).to(torch.int8)
-        x = torch.eye(32, device="cpu", dtype=torch.bfloat16)[:5] * 2
-        scales = torch.full((24,), 0.5, device="cpu", dtype=torch.bfloat16)
-        found = torch.ops.aten._weight_int8pack_mm(x, codes, scales)
-        return found.float().equal(codes.T[:5].float())
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
+def _placed(x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """``x`` [M, K] in packed order, zeros where there is padding: [M, rows]."""
+    padding = w.rows - x.shape[1]
+    if w.order is None:
+        return torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 1))
+    if len(x) == 1:
+        return x[0].index_select(0, w.order)[None]
+    # Whole rows of the transposed are several times as fast to gather as single columns are.
+    return x.t().contiguous().index_select(0, w.order).t().contiguous()
 
 
-@lru_cache(maxsize=1)
-def _fast_dtype() -> torch.dtype:
-    """What tiles for bf16 and fp16 models are multiplied in: bf16 is slower than float32 without AVX-512."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    fast = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+def _input_grad(grad: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """``grad @ W`` for ``grad`` [M, N]: [M, K], summed in float32. Arguments: :class:`Weights`, then K."""
+    w, k = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(k, int)
+    return _unplaced(multiply_tiles_transposed(grad, w), w.order, k).to(grad.dtype)
 
 
-@@MID@@class CpuLinear(torch.autograd.Function):
+def _unplaced(total: torch.Tensor, order: torch.Tensor | None, k: int) -> torch.Tensor:
+    """The inverse of placing, for gradients: [M, rows] to [M, k]."""
+    if order is not None:
+        scattered = total.new_zeros(len(total), k + 1)  # one column more, for what padding received
+        total = scattered.index_copy_(1, order.long(), total)
+    return total[:, :k]
+
+
+def _runs(chosen: torch.Tensor, experts: int) -> list[tuple[int | None, int, int]]:
+    """(expert, start, stop) of each run of equal values; None for those of other ranks."""
+    runs: list[tuple[int | None, int, int]] = []
+    stop = 0
+    for expert, group in groupby(chosen.tolist()):
+        start, stop = stop, stop + len(list(group))
+        runs.append((expert if expert < experts else None, start, stop))
+    return runs
+
+
+def _experts_linear(x: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """Row r of ``x`` [R, K] by the weights of each expert in row r of ``index`` [R, J]: [R, J, N], 0 for sentinels."""
+    w, n = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(n, int)
+    rows, slots = index.shape
+    chosen, by_expert = index.flatten().sort(stable=True)
+    known = chosen.clamp(max=len(w.codes) - 1)
+    placed = _placed_by_expert(x, by_expert.div(slots, rounding_mode="floor"), known, w)
+    outputs = [
+        x.new_zeros(stop - start, n) if expert is None else multiply(placed[start:stop], w, n, expert).to(x.dtype)
+        for expert, start, stop in _runs(chosen, len(w.codes))
+    ]
+    out = x.new_empty(rows * slots, n)
+    if outputs:
+        found = torch.cat(outputs)
+        if w.bias is not None:
+            bias = w.bias.index_select(0, known)[:, :n]
+            found = (found + bias).masked_fill((chosen >= len(w.codes))[:, None], 0).to(x.dtype)
+        out.index_copy_(0, by_expert, found)
+    return out.view(rows, slots, n)
+
+
+def _placed_by_expert(x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Rows ``token`` [S] of ``x``, each in the packed order of its ``expert``: [S, rows]."""
+    padding = w.rows - x.shape[1]
+    if w.order is None:
+        return torch.nn.functional.pad(x, (0, padding)).index_select(0, token)
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 1))
+    place = w.order.index_select(0, expert)
+    if len(x) > 1:
+        first = token[:, None] * x.shape[1]
+        place = place + (first if x.numel() > _LARGEST else first.to(place.dtype))
+    return x.flatten().index_select(0, place.flatten()).view(len(token), w.rows)
+
+
+def _experts_input_grad(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """To ``x`` of :func:`_experts_linear`, from ``grad`` [R, J, N]: [R, K]. Arguments: :class:`Weights`, then K."""
+    w, k = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(k, int)
+    chosen, by_expert = index.flatten().sort(stable=True)
+    total = grad.new_zeros(len(index), k, dtype=torch.float32)
+    for expert, start, stop in _runs(chosen, len(w.codes)):
+        if expert is not None:
+            slots = by_expert[start:stop]
+            found = multiply_tiles_transposed(grad.flatten(0, 1).index_select(0, slots), w.of(expert))
+            found = _unplaced(found, None if w.order is None else w.order[expert], k)
+            total.index_add_(0, slots.div(index.shape[1], rounding_mode="floor"), found)
+    return total.to(grad.dtype)
+
+
+class CpuLinear(torch.autograd.Function):
     """``cpu_linear`` with a gradient to the activations; the weights are frozen."""
 
     @staticmethod

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 import pluggy
 import torch
 
-from graftq.quant_linear.cpu_layout import Int4Layout
-from graftq.quant_linear.cpu_ops import CpuLinear, Weights, int4_block
+from graftq.quant_linear.cpu_kernels import int4_block, takes_bytes
+from graftq.quant_linear.cpu_layout import CpuLayout, Int4Layout, Int8Layout
+from graftq.quant_linear.cpu_ops import CpuLinear
+from graftq.quant_linear.cpu_tiles import Weights
 from graftq.quant_linear.selection import (
     Accepted,
     ExpertsProvider,
@@ -23,9 +25,9 @@ from graftq.quant_linear.spec import QuantSpec
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def layout_of(spec: QuantSpec) -> Int4Layout:
-    """As this machine's int4 kernel wants it; without one, as tiles are unpacked fastest."""
-    return Int4Layout(spec, int4_block() or 64)
+def layout_of(spec: QuantSpec) -> CpuLayout:
+    """As this machine's kernel wants it; without one, as tiles are unpacked fastest."""
+    return Int8Layout(spec) if takes_bytes(spec) else Int4Layout(spec, int4_block() or 64)
 
 
 def weights_of(packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> Weights:
@@ -54,7 +56,7 @@ def judge_cpu(request: Request | ExpertsRequest) -> Verdict:
 
 
 class CpuProvider:
-    """Rearranges the weights once (:class:`Int4Layout`), and multiplies straight from them.
+    """Rearranges the weights once (:class:`CpuLayout`), and multiplies straight from them.
 
     bf16 and fp16 models compute in bf16 with float32 sums (relative error below 1e-2), float32 ones in float32.
     """
@@ -66,8 +68,8 @@ class CpuProvider:
         """Accept every projection on a CPU."""
         return judge_cpu(request)
 
-    def layout(self, spec: QuantSpec) -> Int4Layout:
-        """Nibbles in the order of this machine's kernel."""
+    def layout(self, spec: QuantSpec) -> CpuLayout:
+        """Nibbles or bytes in the order of this machine's kernel."""
         return layout_of(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:

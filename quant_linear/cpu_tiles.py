@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from graftq.quant_linear.cpu_layout import bytes_of
 from graftq.quant_linear.packing import unpack_codes
 
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 2 * 2**20
 """Weights dequantised at a time, unless one block of output rows needs more: what the caches hold."""
 
+_BATCHED_TOKENS = 256  # most for which one batched product in bf16 beats one for each block of outputs
 _BYTES_STEP = 64  # output rows of a tile of bytes are a multiple of these
 
 
@@ -47,17 +49,34 @@ class Weights(NamedTuple):
     @property
     def rows(self) -> int:
         """Places of inputs, of one expert."""
-        if self.bits == 8:
+        if self.is_bytes:
             return self.codes.shape[-1] * self.codes.shape[-3]
-        return self.codes.shape[-2]
+        return self.codes.shape[-2] // self.halves
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the layout is ``Int8Layout``."""
+        return self.codes.dtype == torch.int8
+
+    @property
+    def halves(self) -> int:
+        """Nibbles per code."""
+        return 2 if self.bits == 8 else 1
 
 
 def multiply_tiles(placed: torch.Tensor, w: Weights, n: int) -> torch.Tensor:
     """``placed`` [M, rows] by the weights, in its dtype: [M, n]."""
     out = placed.new_empty(len(placed), n)
+    batched = placed.dtype == torch.bfloat16 and len(placed) <= _BATCHED_TOKENS
+    copies = placed[None]
     for outputs, weights in tiles(w, n, placed.dtype):
-        found = torch.bmm(placed.expand(len(weights), -1, -1), weights)
-        out[:, outputs] = found.transpose(0, 1).flatten(1)[:, : outputs.stop - outputs.start]
+        if batched and len(weights) > 1:
+            if len(weights) > len(copies):
+                copies = placed.expand(len(weights), -1, -1).contiguous()  # once, or each product makes them anew
+            found = torch.bmm(copies[: len(weights)], weights).transpose(0, 1).flatten(1)
+        else:
+            found = torch.cat([placed @ block for block in weights], 1)
+        out[:, outputs] = found[:, : outputs.stop - outputs.start]
     return out
 
 
@@ -79,30 +98,31 @@ def tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch
         The outputs, and their weights, ``dtype`` [batch, rows, columns], whose ``batch * columns`` outputs may be
         more than those.
     """
-    return (_byte_tiles if w.bits == 8 else _nibble_tiles)(w, n, dtype)
+    return (_byte_tiles if w.is_bytes else _nibble_tiles)(w, n, dtype)
 
 
 def _nibble_tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    blocks, rows, half_block = w.codes.shape
-    units, block = len(w.groups), 2 * half_block
+    blocks, _, half_block = w.codes.shape
+    rows, units, block = w.rows, len(w.groups), 2 * half_block
     step = min(blocks, max(1, TILE_BYTES // (dtype.itemsize * block * rows)))
-    # Codes come out as bytes of 16 times their distance from the middle.
-    scales, offsets = (
-        side
-        if side is None
-        else torch.nn.functional.pad(side, (0, blocks * block - n)).view(units, blocks, 1, block).transpose(0, 1)
-        for side in _scales_and_offsets(w, n, 1 / 16, dtype)
-    )
+    # Nibbles come out as bytes of 16 times their distance from the middle.
+    scales, offsets = _scales_and_offsets(w, n, 1.0 if w.halves == 2 else 1 / 16, dtype)
+    scales = _by_block(scales, block)
+    offsets = None if offsets is None else _by_block(offsets, block)
     signed, low = w.codes.new_empty(2, step, rows, half_block, dtype=torch.int8)
     both = low.new_empty(step, rows, block)
     space = low.new_empty(step, rows, block, dtype=scales.dtype)
     for first in range(0, blocks, step):
         run = slice(first, min(first + step, blocks))
         size = run.stop - first
-        torch.bitwise_xor(w.codes[run].view(torch.int8), -0x78, out=signed[:size])
-        torch.bitwise_left_shift(signed[:size], 4, out=low[:size])
-        signed[:size].bitwise_and_(-0x10)
-        torch.cat((low[:size], signed[:size]), -1, out=both[:size])
+        if w.halves == 2:
+            torch.cat(bytes_of(w.codes[run], 2), -1, out=both[:size].view(torch.uint8))
+            both[:size].bitwise_xor_(-0x80)
+        else:
+            torch.bitwise_xor(w.codes[run].view(torch.int8), -0x78, out=signed[:size])
+            torch.bitwise_left_shift(signed[:size], 4, out=low[:size])
+            signed[:size].bitwise_and_(-0x10)
+            torch.cat((low[:size], signed[:size]), -1, out=both[:size])
         weights = space[:size].copy_(both[:size])
         by_unit = weights.view(size, units, -1, block)
         if offsets is None:
@@ -110,6 +130,12 @@ def _nibble_tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slic
         else:
             torch.addcmul(offsets[run], by_unit, scales[run], out=by_unit)
         yield slice(first * block, min(run.stop * block, n)), weights.to(dtype)
+
+
+def _by_block(side: torch.Tensor, block: int) -> torch.Tensor:
+    """[units, n] to [blocks, units, 1, block], padded."""
+    padded = torch.nn.functional.pad(side, (0, -side.shape[1] % block))
+    return padded.view(len(side), -1, 1, block).transpose(0, 1)
 
 
 def _byte_tiles(w: Weights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

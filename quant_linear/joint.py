@@ -120,7 +120,7 @@ class Joint:
         for layer in self._layers:
             layer.joint = None
         if not torch.compiler.is_compiling():
-            logger.info("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
+            logger.debug("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

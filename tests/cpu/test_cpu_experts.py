@@ -10,6 +10,7 @@ from support.experts import ORDERS, STYLES, Experts, build, expected, routing
 from support.projections import relative_error
 
 from graftq.plugin.manager import choose_experts_kernel
+from graftq.quant_linear import cpu_kernels
 from graftq.quant_linear.cpu_experts import CpuExperts
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.reference import TorchExperts
@@ -42,6 +43,18 @@ def test_product(case: Experts, dtype: torch.dtype) -> None:
         out = module(*arguments)
         assert out.dtype == dtype
         assert relative_error(out, expected(case, *arguments, module)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_eight_bits_kept_as_bytes(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "_LEAST_BYTES", {})
+    case = Experts(bits=8, sym=False, group=16, order=order, bias=True)
+    for dtype, tolerance in TOLERANCE.items():
+        module = case.module(CpuExperts(), dtype=dtype)
+        arguments = run(module, 9, 3, dtype, case.hidden)
+        assert relative_error(module(*arguments), expected(case, *arguments, module)) < tolerance
+    stored = case.tensors()[1]["down_proj"][1]
+    assert module.checkpoint_tensors("down_proj", 1).qweight.equal(stored.qweight)
 
 
 def test_many_tokens_of_few_experts() -> None:

@@ -9,8 +9,9 @@ import torch
 from support.projections import Shape, make
 
 from graftq.quant_linear import cpu_layout
-from graftq.quant_linear.cpu_layout import Int4Layout
+from graftq.quant_linear.cpu_layout import CpuLayout, Int4Layout, Int8Layout
 from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.spec import QuantSpec
 
 SHAPES = [
     Shape(bits, k, n, group, act_order, sym=False, bias=True)
@@ -26,52 +27,69 @@ def assert_same(found: GptqTensors, stored: GptqTensors) -> None:
         assert (tensor is None and other is None) or (tensor.dtype == other.dtype and tensor.equal(other)), name
 
 
-@pytest.mark.parametrize("block", [32, 64])
+def layouts(spec: QuantSpec) -> list[CpuLayout]:
+    nibbles: list[CpuLayout] = [Int4Layout(spec, block) for block in (32, 64)]
+    return [*nibbles, Int8Layout(spec)] if spec.bits == 8 else nibbles
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trip(shape: Shape, block: int) -> None:
-    stored, layout = make(shape), Int4Layout(shape.spec(), block)
-    packed = layout.pack(stored)
-    assert_same(layout.unpack(packed), stored)
-    assert packed["codes"].nbytes * 8 >= shape.k * shape.n * max(4, shape.bits)
+def test_round_trip(shape: Shape) -> None:
+    for layout in layouts(shape.spec()):
+        stored = make(shape)
+        packed = layout.pack(stored)
+        assert_same(layout.unpack(packed), stored)
+        assert packed["codes"].nbytes * 8 >= shape.k * shape.n * max(4, shape.bits)
 
 
-def test_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_in_chunks(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_layout, "_CHUNK_CODES", 1)
-    shape = Shape(n=200, act_order=True)
-    stored, layout = make(shape), Int4Layout(shape.spec(), 64)
-    assert_same(layout.unpack(layout.pack(stored)), stored)
+    shape = Shape(bits, n=200, act_order=True)
+    stored = make(shape)
+    for layout in layouts(shape.spec()):
+        assert_same(layout.unpack(layout.pack(stored)), stored)
 
 
-def test_padding_of_the_writer_and_unused_bits() -> None:
+@pytest.mark.parametrize("bits", [3, 8])
+def test_padding_of_the_writer_and_unused_bits(bits: int) -> None:
     """Columns and rows beyond the layer's own, with anything in them, come back too."""
-    shape = Shape(3, 96, 64, 32, act_order=True)
+    shape = Shape(bits, 96, 64, 32, act_order=True)
     stored = make(shape)
     spec = replace(shape.spec(), in_features=70, out_features=60)
     stored = replace(stored, qweight=torch.randint(-(2**31), 2**31 - 1, stored.qweight.shape, dtype=torch.int32))
-    layout = Int4Layout(spec, 64)
-    assert_same(layout.unpack(layout.pack(stored)), stored)
+    for layout in layouts(spec):
+        assert_same(layout.unpack(layout.pack(stored)), stored)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lengths", [(5, 91, 32), (0, 128, 0), (64, 64, 0)], ids=str)
-def test_uneven_groups(lengths: tuple[int, ...]) -> None:
+def test_uneven_groups(lengths: tuple[int, ...], bits: int) -> None:
     """As tensor parallelism cuts them."""
-    shape = Shape(4, sum(lengths), 64, 48, act_order=True)
+    shape = Shape(bits, sum(lengths), 64, 48, act_order=True)
     spec = replace(shape.spec(), num_groups=len(lengths))
     stored = make(replace(shape, group=-(-shape.k // 3)))
     g_idx = torch.repeat_interleave(torch.tensor(lengths))[torch.randperm(shape.k)].to(torch.int32)
     stored = replace(stored, g_idx=g_idx)
-    layout = Int4Layout(spec, 64)
-    assert_same(layout.unpack(layout.pack(stored)), stored)
+    for layout in layouts(spec):
+        assert_same(layout.unpack(layout.pack(stored)), stored)
 
 
 @pytest.mark.parametrize(
-    ("group", "act_order", "unit"),
-    [(-1, False, 256), (1024, False, 256), (128, True, 128), (384, False, 128), (32, True, 32), (16, False, 32)],
+    ("group", "act_order", "nibbles", "octets"),
+    [
+        (-1, False, 256, 1024),
+        (1024, False, 256, 1024),
+        (128, True, 128, 128),
+        (384, False, 128, 128),
+        (32, True, 32, 32),
+        (16, False, 32, 32),
+    ],
 )
-def test_units(group: int, act_order: bool, unit: int) -> None:
+def test_units(group: int, act_order: bool, nibbles: int, octets: int) -> None:
     shape = Shape(4, 3072, 8, group, act_order)
     stored = make(shape)
-    assert Int4Layout(shape.spec(), 64).unit(stored.g_idx) == unit
+    assert Int4Layout(shape.spec(), 64).unit(stored.g_idx) == nibbles
+    assert Int8Layout(shape.spec()).unit(stored.g_idx) == octets
 
 
 def test_what_is_kept_beside_the_codes_is_small() -> None:

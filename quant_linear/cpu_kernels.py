@@ -1,0 +1,120 @@
+"""Which kernel of torch's multiplies on this CPU, and the products with weights as they are stored."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from graftq.quant_linear.cpu_layout import Int8Layout
+from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles
+from graftq.quant_linear.spec import QuantSpec
+
+_FEW_TOKENS = {
+    torch.bfloat16: {"one nibble": 40, "two nibbles": 32, "bytes": 12},
+    torch.float32: {"one nibble": 48, "two nibbles": 20, "bytes": 20},
+}
+"""Most tokens that the kernels are faster for, by the dtype of tiles and what a code is kept as."""
+
+_LEAST_BYTES: dict[int | None, int] = {64: 2**24, 32: 3 * 2**17}
+"""Weights of a unit from which 8 bits are kept as bytes, by the int4 kernel's block, which tells AVX-512 from AVX2."""
+
+
+@lru_cache(maxsize=1)
+def int4_block() -> int | None:
+    """Output rows that torch's int4 kernel packs side by side on this machine; None if it cannot be used.
+
+    Asked of the kernel itself, by a small product: the order of the nibbles depends on the instruction set, and the
+    kernel on the version of torch.
+    """
+    try:
+        pack, multiply = torch.ops.aten._convert_weight_to_int4pack_for_cpu, torch.ops.aten._weight_int4pack_mm_for_cpu
+        codes = (torch.arange(128 * 64, device="cpu") * 7 // 3 % 16).view(128, 64).to(torch.int32)
+        packed = pack(codes, 1)
+        for block in (64, 32):
+            low, high = codes.view(-1, 2, block // 2, 64).permute(1, 0, 3, 2)
+            if packed.flatten().equal((high << 4 | low).to(torch.uint8).flatten()):
+                x = torch.eye(64, device="cpu", dtype=torch.bfloat16)[:5] * 2
+                scales_and_zeros = torch.tensor([0.5, 3.0], device="cpu", dtype=torch.bfloat16).expand(2, 128, 2)
+                found = multiply(x, packed, 32, scales_and_zeros.contiguous())
+                return block if found.float().equal((codes.T[:5] - 8.0) + 6) else None
+    except (AttributeError, RuntimeError, NotImplementedError):
+        pass
+    return None
+
+
+@lru_cache(maxsize=1)
+def has_int8_kernel() -> bool:
+    """Whether torch's int8 kernel can be used on this machine, asked of it by a small product."""
+    try:
+        codes = (torch.arange(24 * 32, device="cpu") % 251 - 128).view(24, 32).to(torch.int8)
+        x = torch.eye(32, device="cpu", dtype=torch.bfloat16)[:5] * 2
+        scales = torch.full((24,), 0.5, device="cpu", dtype=torch.bfloat16)
+        found = torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+        return found.float().equal(codes.T[:5].float())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+@lru_cache(maxsize=1)
+def fast_dtype() -> torch.dtype:
+    """What tiles for bf16 and fp16 models are multiplied in: bf16 is slower than float32 without AVX-512."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    fast = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def takes_bytes(spec: QuantSpec) -> bool:
+    """Whether 8 bits are best kept as bytes, multiplied unit by unit, rather than as nibbles in one product.
+
+    A unit's product must be worth a call of its own: the more, the faster nibbles are.
+    """
+    work = spec.out_features * min(spec.group_size, Int8Layout.UNITS[0])
+    return spec.bits == 8 and work >= _LEAST_BYTES.get(int4_block(), 0)
+
+
+def tile_dtype(tokens: int, w: Weights, dtype: torch.dtype) -> torch.dtype | None:
+    """What tiles for activations of ``dtype`` are multiplied in; None if a kernel reads the weights as they are."""
+    if dtype == torch.float32:
+        return dtype
+    kept_as = "bytes" if w.is_bytes else "two nibbles" if w.halves == 2 else "one nibble"
+    few = tokens <= _FEW_TOKENS[fast_dtype()][kept_as]
+    return None if few and (has_int8_kernel() if w.is_bytes else int4_block() is not None) else fast_dtype()
+
+
+def multiply(placed: torch.Tensor, w: Weights, n: int, expert: int | None = None) -> torch.Tensor:
+    """``placed`` [M, rows], inputs in packed order, by the weights (of ``expert``): [M, n], in the kernel's dtype."""
+    tiled = tile_dtype(len(placed), w, placed.dtype)
+    if tiled is not None:
+        return multiply_tiles(placed.to(tiled), w if expert is None else w.of(expert), n)
+    placed, codes, scales_and_zeros = placed.to(torch.bfloat16), w.codes, w.scales_and_zeros
+    if expert is not None:
+        codes, scales_and_zeros = codes[expert], scales_and_zeros[expert]
+    if w.is_bytes:
+        out = multiply_bytes(placed, codes, scales_and_zeros, w.sym)
+    else:
+        out = multiply_nibbles(torch.cat((placed, placed), 1) if w.halves == 2 else placed, codes, scales_and_zeros)
+    return out if out.shape[1] == n else out[:, :n]
+
+
+def multiply_nibbles(placed: torch.Tensor, codes: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+    """bf16 [M, rows] by the tensors of ``Int4Layout``: bf16 [M, blocks * block]."""
+    units, columns, _ = scales_and_zeros.shape
+    rows = placed.shape[1]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(
+        placed, codes.view(columns, rows // 2), rows // units, scales_and_zeros
+    )
+
+
+def multiply_bytes(
+    placed: torch.Tensor, codes: torch.Tensor, scales_and_zeros: torch.Tensor, sym: bool
+) -> torch.Tensor:
+    """bf16 [M, rows] by the tensors of ``Int8Layout``: float32 [M, outputs]."""
+    units, _, unit = codes.shape
+    parts = placed.view(-1, units, unit).transpose(0, 1).contiguous()
+    kernel = torch.ops.aten._weight_int8pack_mm.default
+    products = [kernel(part, own, scale) for part, own, scale in zip(parts, codes, scales_and_zeros[:, 0], strict=True)]
+    out = products[0].float() if units == 1 else torch.stack(products).sum(0, dtype=torch.float32)
+    if not sym:
+        out.addmm_(parts.sum(2, dtype=torch.float32).T, scales_and_zeros[:, 1:].sum(1, dtype=torch.float32))
+    return out
