@@ -43,8 +43,7 @@ class TritonProvider:
 
     def layout(self, spec: QuantSpec) -> TiledLayout:
         """Tiles in the order of the matrix instructions."""
-        import graftq.quant_linear.ops  # noqa: F401 - whoever packs will multiply: Triton's import belongs to loading
-
+        _ops()  # whoever packs will multiply: what Triton does once belongs to loading
         return TiledLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
@@ -70,7 +69,9 @@ class TritonProvider:
 @cache
 def _ops() -> Any:
     from graftq.quant_linear import ops  # not at the top, where triton may be absent
+    from graftq.quant_linear.kernels.launch import hash_triton
 
+    hash_triton()
     return ops
 
 
