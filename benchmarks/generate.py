@@ -12,19 +12,19 @@ the bandwidth measured in the same run, over the time it took.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from harness import synchronize, timed
+from tables import write_csv
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
@@ -87,10 +87,7 @@ def main() -> None:
         if mode != "continuous":
             print(_breakdown(model, mode, options.prompt))
     if options.csv:
-        with open(options.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv(rows, options.csv)
     if options.plot:
         _plot(rows, options.plot)
 
@@ -99,29 +96,16 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _timed(call: Callable[[], object]) -> float:
-    _synchronize()
-    started = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - started
-
-
 def _median(call: Callable[[], object]) -> float:
     call()
-    return statistics.median(_timed(call) for _ in range(3))
+    return statistics.median(timed(call) for _ in range(3))
 
 
 def read_bandwidth() -> float:
     """Bytes per second of a sum over memory that no cache holds."""
     size = 2**30 if torch.cuda.is_available() else 2**27
     data = torch.ones(size, device="cuda" if torch.cuda.is_available() else "cpu")
-    return data.nbytes / min(_timed(data.sum) for _ in range(10))
+    return data.nbytes / min(timed(data.sum) for _ in range(10))
 
 
 def _own_memory() -> int:
@@ -153,7 +137,7 @@ def _load(folder: Path) -> Any:
     loaded: list[Any] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _sampled_peak() as host:
-        seconds = _timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
+        seconds = timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
     model = loaded[0]
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     print(f"loaded {sum(files) / 1e9:.2f} GB in {seconds:.1f} s: {sum(files) / 1e9 / seconds:.2f} GB/s")
@@ -182,7 +166,7 @@ def _generate(model: Any, inputs: torch.Tensor, count: int, mode: str = "eager")
 def _decode(model: Any, mode: str, batch: int, length: int, count: int, bandwidth: float) -> Row:
     inputs = _prompts(model, batch, length)
     # The static cache's length belongs to the compiled graph: both measurements must ask for the same.
-    first_call = _timed(lambda: _generate(model, inputs, count, mode))
+    first_call = timed(lambda: _generate(model, inputs, count, mode))
     graphs = counters["stats"]["unique_graphs"]
     whole = _median(lambda: _generate(model, inputs, count, mode))
     first = _median(lambda: _generate(model, inputs, 1, mode))
@@ -236,7 +220,7 @@ def _breakdown(model: Any, mode: str, length: int, steps: int = 16) -> str:
         _generate(model, inputs, count, mode)
         with torch.profiler.profile(activities=activities) as profiler:
             _generate(model, inputs, count, mode)
-            _synchronize()
+            synchronize()
         events = profiler.events() or []
         kernels = sorted(
             (event.time_range.start, event.time_range.end, event.name)

@@ -1,23 +1,24 @@
-"""What the benchmarks share: replayed timing, the device's ceilings, recorded peers and tables of rows."""
+"""What the benchmarks share: replayed timing, the device's ceilings, host time and the first calls of a process."""
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 COLD_BYTES = 130_000_000
 """More than twice the L2 cache of an H100."""
+
+CallFor = Callable[[int], Callable[[], object]]
+"""From a number of tokens to a call on so many."""
 
 
 def replayed(call: Callable[[int], object], calls: int) -> float:
@@ -47,52 +48,65 @@ def replayed(call: Callable[[int], object], calls: int) -> float:
     return statistics.median(times)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a reduction over 4 GB."""
-    data = torch.randint(-9, 9, (2**30,), dtype=torch.int32, device="cuda").view(torch.float32)
-    return data.nbytes / replayed(lambda _: torch.sum(data), 4) * 1e6
+def calls_for(tokens: int) -> int:
+    """How many calls go into one graph."""
+    return 64 if tokens <= 64 else max(4, 4096 // tokens)
 
 
-def matmul_rate() -> float:
-    """FLOP per second of torch's fp16 matmul of 8192 cubed."""
-    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
-    return 2 * 8192**3 / replayed(lambda _: torch.mm(a, b), 4) * 1e6
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def host_microseconds(call: Callable[[], object]) -> float:
-    """Host time of an eager call, the device kept busy behind it."""
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    for _ in range(100):
-        call()
-    wait()
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call, with what it started on the device."""
+    synchronize()
     started = time.perf_counter()
-    for _ in range(500):
-        call()
-    taken = time.perf_counter() - started
-    wait()
-    return taken / 500 * 1e6
+    call()
+    synchronize()
+    return time.perf_counter() - started
 
 
-def recorded(name: str) -> Iterator[dict[str, str]]:
-    """The rows of a file of recorded figures beside this one; lines that begin with # say where they come from."""
-    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
-    return csv.DictReader(line for line in lines if not line.startswith("#"))
+def report_device() -> float:
+    """Print the device and its ceilings; the bytes per second that a reduction over 4 GB reads."""
+    data = torch.randint(-9, 9, (2**30,), dtype=torch.int32, device="cuda").view(torch.float32)
+    bandwidth = data.nbytes / replayed(lambda _: torch.sum(data), 4) * 1e6
+    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
+    rate = 2 * 8192**3 / replayed(lambda _: torch.mm(a, b), 4) * 1e6
+    print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}, Triton {version('triton')}")
+    print(f"read {bandwidth / 1e9:.0f} GB/s; fp16 matmul of 8192 cubed {rate / 1e12:.0f} TFLOP/s")
+    return bandwidth
 
 
-def write_csv(rows: Sequence[Any], path: str) -> None:
-    """Dataclass instances as a table with their fields for names."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+@torch.no_grad()
+def report_host_time(what: str, call_for: CallFor, tokens: tuple[int, ...] = (1, 16)) -> None:
+    """Print what an eager call costs the host, the device kept busy behind it."""
+    for m in tokens:
+        call = call_for(m)
+        for _ in range(100):
+            call()
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(500):
+            call()
+        taken = time.perf_counter() - started
+        synchronize()
+        print(f"host time of an eager call, {what}, M={m}: {taken / 500 * 1e6:.1f} us")
 
 
-def report_first_calls(script: str) -> None:
-    """Print what ``script`` prints in a new process, once with an empty cache of Triton's and once with a warm one."""
+def print_first_calls(call_for: CallFor) -> None:
+    """Print what a process's first calls take."""
+    for m in (1, 16):
+        print(f"{m}: {timed(call_for(m)) * 1e3:.0f} ms", end="; ")
+
+
+def report_first_calls(module: str) -> None:
+    """Print the first calls of a new process, once with an empty cache of Triton's and once with a warm one.
+
+    Args:
+        module: Its ``small_layer()`` makes the :data:`CallFor`.
+    """
+    script = f"import harness, {module}; harness.print_first_calls({module}.small_layer())"
     with tempfile.TemporaryDirectory() as cache:
         for state in ("cold", "warm"):
             said = subprocess.run(

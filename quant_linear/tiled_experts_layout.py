@@ -15,20 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
+from graftq.quant_linear.experts_kept import keep, kept_of
+from graftq.quant_linear.experts_rows import StackRows
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import CHUNK_TILES, NO_ROW, PADDED_N, TILE_N, Plan, TiledLayout
+from graftq.quant_linear.tiled_layout import CHUNK_TILES, TILE_N, Plan, TiledLayout
 from graftq.quant_linear.workspace import reserve
 
 PREFIX = "tiled_"
 """What the names of all packed tensors begin with; an experts module has names of its own."""
-
-HALF_FRAGMENT = 8
-"""Rows of gate, then of up, that alternate in the fused form."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 Stored = Mapping[str, GptqTensors]
 """One expert's tensors by projection."""
@@ -80,7 +77,7 @@ class TiledExpertsLayout:
             {name: take(name, expert) for name in self.spec.names} for expert in range(self.spec.num_experts)
         ]
         reserve(experts[0][self.spec.names[0]].qweight.device)
-        kept = self._keep(experts)
+        kept = keep(self.spec, experts)
         up, down, orders, columns = self._parts(experts)
         packed: dict[str, torch.Tensor] = {}
         for expert, parts in enumerate(zip(up, down, strict=True)):
@@ -98,55 +95,39 @@ class TiledExpertsLayout:
             packed[f"{PREFIX}{stack}_order"] = order
         if columns is not None:
             packed[f"{PREFIX}up_columns"] = columns
-        return packed | kept
+        return packed | {f"{PREFIX}{name}": tensor for name, tensor in kept.items()}
 
     def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
         """Restore one projection bit for bit."""
         spec = self.spec.of(name)[expert]
         stack = "down" if name == "down_proj" else "up"
-        own = {key.removeprefix(f"{PREFIX}{stack}_"): tensor for key, tensor in packed.items()}
+        kept = kept_of(self.spec, _below(packed, PREFIX), name, expert)
+        own = {key: tensor[expert] for key, tensor in _below(packed, f"{PREFIX}{stack}_").items()}
         device = own["codes"].device
-        g_idx = self._kept(packed, "g_idx", name, expert)
-        scale_dtype, bias_dtype, g_idx_dtype = (
-            _DTYPES[code] for code in packed[f"{PREFIX}dtypes"][expert, self.spec.names.index(name)].tolist()
-        )
         layout = TiledLayout(spec)
-        in_units = own["scales"].shape[1] != spec.num_groups
-        plan = layout.plan(g_idx, device, in_units).padded(own["codes"].shape[2] * 128)
-        rows = self._rows_of(name, expert, own.get("columns"), device)
-        tiles = {key: own[key][expert] for key in ("codes", "high") if key in own}
+        in_units = len(own["scales"]) != spec.num_groups
+        plan = layout.plan(kept.g_idx, device, in_units).padded(own["codes"].shape[1] * 128)
+        rows = self.rows.holding(name, expert, own.get("columns"), device)
         first, last = (int(rows.min()) // TILE_N, int(rows.max()) // TILE_N + 1)
-        qweight = layout.from_tiles({key: words[first:last] for key, words in tiles.items()}, plan)
-        scales = own["scales"][expert][:, rows]
+        qweight = layout.from_tiles({key: own[key][first:last] for key in ("codes", "high") if key in own}, plan)
+        scales = own["scales"][:, rows]
         if plan.unit_group is not None:
             scales = scales[torch.searchsorted(plan.unit_group, torch.arange(spec.num_groups, device=device))]
-        qzeros = self._kept(packed, "qzeros", name, expert)
-        assert qzeros is not None
         bias = None
         if spec.has_bias:
-            bias = own["bias"][expert][self._columns(name, expert)[: spec.stored_bias].to(device)].to(bias_dtype)
+            bias = own["bias"][self.rows.columns(name, expert)[: spec.stored_bias].to(device)].to(kept.bias_dtype)
         return GptqTensors(
             qweight[:, rows - first * TILE_N].contiguous(),
-            qzeros.view(spec.num_groups, spec.packed_zero_columns),
-            scales.to(scale_dtype).contiguous(),
-            None if g_idx is None else g_idx.to(g_idx_dtype),
+            kept.qzeros,
+            scales.to(kept.scale_dtype).contiguous(),
+            kept.g_idx,
             bias,
         )
 
     @property
-    def up_names(self) -> tuple[str, ...]:
-        """The projections that make the first stack."""
-        return self.spec.names[:-1]
-
-    @property
-    def intermediate(self) -> int:
-        """Inputs of ``down_proj``."""
-        return self.spec.of("down_proj")[0].in_features
-
-    @property
-    def part_rows(self) -> int:
-        """Rows from one projection to the next in the first stack's split form."""
-        return -(-max(self.spec.of(name)[0].padded_out for name in self.up_names) // PADDED_N) * PADDED_N
+    def rows(self) -> StackRows:
+        """Which row holds what."""
+        return StackRows(self.spec)
 
     def _parts(
         self, experts: Sequence[Stored]
@@ -154,7 +135,7 @@ class TiledExpertsLayout:
         """Both stacks' parts per expert, their orders, and the fused form's columns (or None: split)."""
         device = experts[0]["down_proj"].qweight.device
         down = self._plans(("down_proj",), experts)
-        up = self._plans(self.up_names, experts)
+        up = self._plans(self.rows.up_names, experts)
         shared = all(_same(plan, plans[0]) for plans in up for plan in plans)
         fused = self.spec.activation is not None and shared
         orders = {"up": _orders([plans[:1] if fused else plans for plans in up])}
@@ -164,21 +145,19 @@ class TiledExpertsLayout:
         up_parts: list[list[_Part]] = []
         for expert, plans in enumerate(up):
             if fused:
-                columns.append(self._fused_columns(expert, down[expert][0], device))
-                source = self._source(columns[-1], expert)
-                up_parts.append([_Part(self.up_names, source, plans[0])])
+                columns.append(self.rows.fused_columns(expert, down[expert][0], device))
+                source = self.rows.fused_source(columns[-1], expert)
+                up_parts.append([_Part(self.rows.up_names, source, plans[0])])
             else:
-                up_parts.append(
-                    [
-                        _Part((name,), _run(self.spec.of(name)[expert].padded_out, self.part_rows, device), plan)
-                        for name, plan in zip(self.up_names, plans, strict=True)
-                    ]
-                )
-        padded_out = self.spec.of("down_proj")[0].padded_out
-        rows = -(-padded_out // PADDED_N) * PADDED_N
-        down_parts = [[_Part(("down_proj",), _run(padded_out, rows, device), plans[0])] for plans in down]
+                named = zip(self.rows.up_names, plans, strict=True)
+                up_parts.append([self._part(name, expert, plan, device) for name, plan in named])
+        down_parts = [[self._part("down_proj", expert, plans[0], device)] for expert, plans in enumerate(down)]
         present = {stack: order for stack, order in orders.items() if order is not None}
         return up_parts, down_parts, present, torch.stack(columns) if fused else None
+
+    def _part(self, name: str, expert: int, plan: Plan, device: torch.device) -> _Part:
+        """A projection by itself."""
+        return _Part((name,), self.rows.split_source(name, expert, device), plan)
 
     def _plans(self, names: tuple[str, ...], experts: Sequence[Stored]) -> list[list[Plan]]:
         """Plans of some projections of all experts, alike in units and rows."""
@@ -199,57 +178,6 @@ class TiledExpertsLayout:
             found = plans(in_units=True)
         rows = max(plan.rows for each in found for plan in each)
         return [[plan.padded(rows) for plan in each] for each in found]
-
-    def _columns(self, name: str, expert: int) -> torch.Tensor:
-        """Of a first-stack projection's stored columns, or ``down_proj``'s: their numbers; int64 [padded_out]."""
-        padded_out = self.spec.of(name)[expert].padded_out
-        if name == "down_proj" or len(self.up_names) == 1:
-            return torch.arange(padded_out)
-        inner, is_up = self.intermediate, name == "up_proj"
-        inputs = torch.arange(inner)
-        inputs = inputs + is_up * inner if self.spec.is_concatenated else 2 * inputs + is_up
-        return torch.cat(
-            [inputs, torch.arange(2 * inner, 2 * inner + padded_out - inner) + is_up * (padded_out - inner)]
-        )
-
-    def _fused_columns(self, expert: int, down: Plan, device: torch.device) -> torch.Tensor:
-        """The column of each row of the fused form: int32 [rows], :data:`NO_ROW` for padding."""
-        inner = self.intermediate
-        place = torch.arange(down.rows, device=device)
-        value = place if down.order is None else down.order.long()
-        gates = 1 + self.spec.is_gated
-        total = sum(self.spec.of(name)[expert].padded_out for name in self.up_names)
-        extra = torch.arange(gates * inner, total, device=device)
-        used = gates * down.rows
-        rows = -(-(used + len(extra)) // PADDED_N) * PADDED_N
-        columns = torch.full((rows,), NO_ROW, dtype=torch.int64, device=device)
-        columns[used : used + len(extra)] = extra
-        if not self.spec.is_gated:
-            columns[:used] = torch.where(value < inner, value, NO_ROW)
-            return columns.to(torch.int32)
-        gate_row = place // HALF_FRAGMENT * (2 * HALF_FRAGMENT) + place % HALF_FRAGMENT
-        gate, up = (value, value + inner) if self.spec.is_concatenated else (2 * value, 2 * value + 1)
-        columns[gate_row] = torch.where(value < inner, gate, NO_ROW)
-        columns[gate_row + HALF_FRAGMENT] = torch.where(value < inner, up, NO_ROW)
-        return columns.to(torch.int32)
-
-    def _source(self, columns: torch.Tensor, expert: int) -> torch.Tensor:
-        """``columns`` as places among the first stack's stored columns, side by side; -1 for padding."""
-        numbers = torch.cat([self._columns(name, expert) for name in self.up_names]).to(columns.device)
-        place = torch.argsort(numbers)
-        return torch.where(columns != NO_ROW, place[columns.clamp(max=len(place) - 1).long()], -1)
-
-    def _rows_of(self, name: str, expert: int, columns: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """The rows that hold the stored columns of a projection: int64 [padded_out]."""
-        padded_out = self.spec.of(name)[expert].padded_out
-        if name == "down_proj" or columns is None:
-            first = 0 if name == "down_proj" else self.part_rows * self.up_names.index(name)
-            return torch.arange(first, first + padded_out, device=device)
-        own = columns[expert].long()
-        row = own.new_empty(int((own != NO_ROW).sum()))
-        real = torch.nonzero(own != NO_ROW).flatten()
-        row[own[real]] = real
-        return row[self._columns(name, expert).to(device)]
 
     def _pack_stack(self, stored: Stored, expert: int, parts: list[_Part]) -> dict[str, torch.Tensor]:
         """One expert's tensors of one stack, all but the order."""
@@ -286,45 +214,14 @@ class TiledExpertsLayout:
         whole = torch.zeros(total, dtype=dtype, device=stored[names[0]].scales.device)
         for name, bias in biases.items():
             if bias is not None:
-                whole[self._columns(name, expert)[: len(bias)].to(whole.device)] = bias.to(dtype)
+                whole[self.rows.columns(name, expert)[: len(bias)].to(whole.device)] = bias.to(dtype)
         return whole
-
-    def _keep(self, experts: Sequence[Stored]) -> dict[str, torch.Tensor]:
-        """What only :meth:`unpack` needs."""
-        every = [stored[name] for stored in experts for name in self.spec.names]
-        device = every[0].qweight.device
-        codes = [
-            [_DTYPES.index(torch.float32 if tensor is None else tensor.dtype) for tensor in (t.scales, t.bias, t.g_idx)]
-            for t in every
-        ]
-        dtypes = torch.tensor(codes, dtype=torch.int8, device=device).view(len(experts), len(self.spec.names), 3)
-        kept = {f"{PREFIX}qzeros": torch.cat([t.qzeros.flatten() for t in every]), f"{PREFIX}dtypes": dtypes}
-        g_idx = [t.g_idx for t in every if t.g_idx is not None]
-        return kept | ({f"{PREFIX}g_idx": torch.cat(g_idx)} if g_idx else {})
-
-    def _kept(self, packed: Mapping[str, torch.Tensor], what: str, name: str, expert: int) -> torch.Tensor | None:
-        """One projection's run of ``qzeros`` or ``g_idx``, flat; None if it stores none."""
-        start = size = 0
-        for other in range(expert + 1):
-            for projection, specs in self.spec.projections:
-                spec = specs[other]
-                size = spec.stored_g_idx if what == "g_idx" else spec.num_groups * spec.packed_zero_columns
-                if (other, projection) == (expert, name):
-                    return packed[f"{PREFIX}{what}"][start : start + size].clone() if size else None
-                start += size
-        raise LookupError(f"{expert}.{name}")
 
 
 def _zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
     """Zero points of all stored columns, int16 [groups, padded_out]; 0 for those that the writer padded."""
     zeros = zero_points(tensors, spec).to(torch.int16)
     return torch.nn.functional.pad(zeros, (0, spec.padded_out - spec.out_features))
-
-
-def _run(count: int, rows: int, device: torch.device) -> torch.Tensor:
-    """Stored columns one after the other, then padding: a part's ``source``."""
-    index = torch.arange(rows, device=device)
-    return torch.where(index < count, index, -1)
 
 
 def _same(a: Plan, b: Plan) -> bool:
@@ -348,3 +245,8 @@ def _orders(plans: Sequence[Sequence[Plan]]) -> torch.Tensor | None:
 def _side_by_side(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenated along the last dimension, in a dtype that holds them all."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), -1)
+
+
+def _below(packed: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}

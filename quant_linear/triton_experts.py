@@ -10,10 +10,11 @@ import torch
 
 from graftq.quant_linear.dispatch import is_unwatched
 from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.experts_rows import HALF_FRAGMENT, StackRows
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
-from graftq.quant_linear.tiled_experts_layout import HALF_FRAGMENT, PREFIX, TiledExpertsLayout
-from graftq.quant_linear.triton_provider import TritonProvider
+from graftq.quant_linear.tiled_experts_layout import PREFIX, TiledExpertsLayout
+from graftq.quant_linear.triton_support import judge_triton
 
 
 class TritonExperts:
@@ -24,7 +25,7 @@ class TritonExperts:
 
     def judge(self, request: ExpertsRequest) -> Verdict:
         """Accept what the linear layers' provider accepts, if the experts are of one kind."""
-        verdict = TritonProvider().judge(request)
+        verdict = judge_triton(request)
         if isinstance(verdict, Rejected):
             return verdict
         return _uniform(request.spec) or verdict
@@ -105,8 +106,7 @@ def _step_by_step(
     from graftq.quant_linear.experts_launches import Stack  # not at the top, where triton may be absent
     from graftq.quant_linear.experts_product import TiledProduct
 
-    spec, layout = module.spec, TiledExpertsLayout(module.spec)
-    assert isinstance(module.layout, TiledExpertsLayout)
+    spec, places = module.spec, StackRows(module.spec)
     first, second = Stack(*up), Stack(*down)  # type: ignore[arg-type]
     slots, experts = index.numel(), spec.num_experts
     expert = index.reshape(-1)
@@ -117,8 +117,8 @@ def _step_by_step(
     if is_fused:
         rows = part_rows = second.codes.shape[2] * 128 * (1 + spec.is_gated)
     else:
-        part_rows = layout.part_rows
-        rows = part_rows * len(layout.up_names)
+        part_rows = places.part_rows
+        rows = part_rows * len(places.up_names)
     signatures = [specs[0].signature for _, specs in spec.projections]
     hidden = TiledProduct.apply(x, index, *up, signatures[0], index.shape[1], part_rows, rows)
     if is_fused:
@@ -134,8 +134,8 @@ def _step_by_step(
         else:
             hidden = spec.activation(None, hidden)
     else:
-        inner = layout.intermediate
-        if len(layout.up_names) == 2:
+        inner = places.intermediate
+        if len(places.up_names) == 2:
             gate, value = hidden[:, :inner], hidden[:, part_rows : part_rows + inner]
             both = (gate, value)
             hidden = torch.cat(both, -1) if spec.is_concatenated else torch.stack(both, -1).flatten(-2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -11,17 +10,11 @@ import pluggy
 import torch
 
 from graftq.quant_linear.dispatch import is_unwatched
-from graftq.quant_linear.selection import (
-    Accepted,
-    ExpertsProvider,
-    ExpertsRequest,
-    KernelProvider,
-    Rejected,
-    Request,
-    Verdict,
-)
+from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 from graftq.quant_linear.tiled_layout import TiledLayout
+from graftq.quant_linear.triton_experts import TritonExperts
+from graftq.quant_linear.triton_support import judge_triton
 
 
 class TritonProvider:
@@ -30,16 +23,9 @@ class TritonProvider:
     name = "triton"
     priority = 100
 
-    def judge(self, request: Request | ExpertsRequest) -> Verdict:
+    def judge(self, request: Request) -> Verdict:
         """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
-        if request.device not in ("cuda", "xpu"):
-            return Rejected(f"no Triton kernels for device type {request.device}")
-        if importlib.util.find_spec("triton") is None:
-            return Rejected("triton is not installed", "install it: pip install triton")
-        if request.dtype not in (torch.float16, torch.bfloat16):
-            reason = f"{request.dtype} activations; the kernels compute in float16 and bfloat16"
-            return Rejected(reason, "load the model with dtype=torch.float16 or torch.bfloat16")
-        return Accepted()
+        return judge_triton(request)
 
     def layout(self, spec: QuantSpec) -> TiledLayout:
         """Tiles in the order of the matrix instructions."""
@@ -84,6 +70,4 @@ def graftq_kernels() -> Iterable[KernelProvider]:
 @pluggy.HookimplMarker("graftq")
 def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
     """Register their form for experts."""
-    from graftq.quant_linear.triton_experts import TritonExperts  # which is built upon the provider above
-
     return [TritonExperts()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from graftq.quant_linear.checkpoint import CheckpointIndex, TensorInfo
 from graftq.quant_linear.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+
+asked_for: ContextVar[tuple[str, str | None]] = ContextVar("graftq_tgi_model")
+"""Model and revision that the server is making a weights loader for."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftq.adapters.tgi.checkpoint import Checkpoint
+from graftq.adapters.tgi.checkpoint import Checkpoint, asked_for
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.checks import check_values, spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
@@ -47,8 +47,6 @@ class PackedLoader:
         self._ready: set[tuple[QuantSpec, torch.dtype]] = set()
         if kwargs["quantize"] == kwargs["quant_method"] == "gptq":
             from text_generation_server.utils import weight_files
-
-            from graftq.adapters.tgi.patches import asked_for
 
             model_id, revision = asked_for.get()
             files = weight_files(model_id, revision=revision, extension=".safetensors")

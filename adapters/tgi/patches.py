@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from graftq.adapters.tgi import server_log
+from graftq.adapters.tgi.checkpoint import asked_for
 from graftq.plugin.patching import replace_attribute
-
-asked_for: ContextVar[tuple[str, str | None]] = ContextVar("graftq_tgi_model")
-"""Model and revision that the server is making a weights loader for."""
 
 
 def _patch_quantization(module: ModuleType) -> None:

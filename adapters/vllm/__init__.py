@@ -13,9 +13,6 @@ from graftq.plugin import faults, switches
 
 logger = logging.getLogger("graftq")
 
-METHOD = "graftq"
-"""The name of our quantisation method, as in ``quantization="graftq"``."""
-
 
 def register() -> None:
     """Register the method that takes GPTQ checkpoints over; called by vLLM, any number of times."""
@@ -40,10 +37,10 @@ def _register() -> None:
                 switches.DISABLE,
             )
         return
+    from graftq.adapters.vllm.config import METHOD, GraftqConfig
+
     if versions.has_method(METHOD):
         return
-    from graftq.adapters.vllm.config import GraftqConfig
-
     versions.register_method(METHOD, GraftqConfig)
     if first:
         logger.info(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from graftq.adapters.vllm import METHOD, versions
-from graftq.adapters.vllm.stored import Stored
+from graftq.adapters.vllm import versions
+from graftq.adapters.vllm.checkpoint import METHOD, CheckpointConfig
 from graftq.plugin import switches
 from graftq.plugin.config import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
-from graftq.plugin.source import Source
 
 logger = logging.getLogger("graftq")
 
@@ -25,14 +22,8 @@ OURS_TO_TAKE = (None, METHOD, "gptq")
 """Values of vLLM's ``quantization`` argument that leave the choice to us; the others name an implementation."""
 
 
-class GraftqConfig(QuantizationConfig):
-    """The GPTQ parameters of one checkpoint, and the names of its quantised modules."""
-
-    def __init__(self, config: QuantConfig):
-        super().__init__()
-        self.gptq = config
-        self._where: tuple[str, dict[str, Any]] | None = None
-        self._chosen = hashlib.sha256()
+class GraftqConfig(CheckpointConfig):
+    """What vLLM asks of a quantisation method; made for each checkpoint."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -86,27 +77,6 @@ class GraftqConfig(QuantizationConfig):
 
         return WeightsMapper()
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Follow a model's renaming of modules."""
-        self.stored.rename(hf_to_vllm_mapper.apply_list)
-
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Learn where the checkpoint is."""
-        self._where = (model_name, {} if revision is None else {"revision": revision})
-
-    @cached_property
-    def stored(self) -> Stored:
-        """What the checkpoint's files hold; looked at when the first layer is made."""
-        from vllm.config import get_current_vllm_config_or_none
-
-        if self._where is None:
-            raise RuntimeError("vLLM has not said which checkpoint this configuration belongs to")
-        name, hub = self._where
-        current = get_current_vllm_config_or_none()
-        if current is not None and current.load_config.download_dir:
-            hub = {**hub, "cache_dir": current.load_config.download_dir}
-        return Stored(Source(name, hub))
-
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Decide by the files whether a layer is quantised, whatever the model thinks."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -126,25 +96,6 @@ class GraftqConfig(QuantizationConfig):
         if names:
             return GraftqLinearMethod(self, prefix, names)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-
-    def remember(self, chosen: str) -> None:
-        """Make what a layer has become part of the key under which vLLM caches compiled models.
-
-        A model may be the same to vLLM, and another to its compiler: with another kernel, or q, k and v apart.
-        """
-        from vllm.config import get_current_vllm_config_or_none
-
-        self._chosen.update(chosen.encode())
-        current = get_current_vllm_config_or_none()
-        if current is not None and isinstance(current.additional_config, dict):
-            current.additional_config[METHOD] = self._chosen.hexdigest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is sent to workers has seen no layer yet; they look at the files themselves.
-        return {name: value for name, value in vars(self).items() if name not in ("_chosen", "stored")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "_chosen": hashlib.sha256()}
 
 
 def _only_unsupported() -> bool:

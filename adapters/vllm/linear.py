@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from graftq.adapters.vllm.arriving import Arriving, Cut, inputs, outputs
+from graftq.adapters.vllm.checkpoint import CheckpointConfig
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.checkpoint import SUFFIXES
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import join_outputs
-
-if TYPE_CHECKING:
-    from graftq.adapters.vllm.config import GraftqConfig
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 TENSORS = SUFFIXES[:-1]
@@ -53,7 +51,7 @@ class GraftqLinearMethod(LinearMethodBase):
         names: The stored names of its projections: one, or one for each part of a fused layer.
     """
 
-    def __init__(self, config: GraftqConfig, prefix: str, names: Sequence[str]):
+    def __init__(self, config: CheckpointConfig, prefix: str, names: Sequence[str]):
         super().__init__()
         self.config = config
         self.prefix = prefix

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from graftq.adapters.vllm.arriving import Arriving, inputs, outputs
+from graftq.adapters.vllm.checkpoint import CheckpointConfig
 from graftq.plugin.manager import choose_experts_kernel, choose_kernel
 from graftq.quant_linear.activations import Activate, Activation
 from graftq.quant_linear.checkpoint import SUFFIXES
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.linear import QuantLinear
-
-if TYPE_CHECKING:
-    from graftq.adapters.vllm.config import GraftqConfig
 
 NAMES = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
 """vLLM's names for an expert's projections, and what checkpoints call them."""
@@ -43,7 +41,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         names: The stored names of the experts' projections, by number and name.
     """
 
-    def __init__(self, config: GraftqConfig, moe: Any, names: Mapping[tuple[int, str], str]):
+    def __init__(self, config: CheckpointConfig, moe: Any, names: Mapping[tuple[int, str], str]):
         super().__init__(moe)
         self.config = config
         self.names = names

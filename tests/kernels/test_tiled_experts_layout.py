@@ -114,7 +114,7 @@ def test_the_order_of_down_costs_nothing_if_fused():
     assert "tiled_down_order" not in packed
     g_idx = case.tensors()[1]["down_proj"][1].g_idx
     gate_rows = packed["tiled_up_columns"][1].view(-1, 2, 8)[:, 0].flatten()
-    groups = g_idx[gate_rows[gate_rows < layout.intermediate].long()]
+    groups = g_idx[gate_rows[gate_rows < layout.rows.intermediate].long()]
     assert (groups.diff() >= 0).all()
 
 

@@ -21,9 +21,10 @@ def names(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 for ours in (GraftqConfig, GraftqLinearMethod, GraftqMoEMethod):
-    base = ours.__mro__[1]
     assert not inspect.isabstract(ours), ours.__abstractmethods__
-    for name in vars(ours).keys() & dir(base):
+    base = next(each for each in ours.__mro__ if each.__module__.startswith("vllm."))
+    defined = set().union(*map(vars, ours.__mro__[: ours.__mro__.index(base)]))
+    for name in defined & set(dir(base)):
         if not name.startswith("__") and inspect.isroutine(getattr(base, name)):
             print(f"{ours.__name__}.{name}", names(getattr(ours, name)) == names(getattr(base, name)))
 """

@@ -1,0 +1,116 @@
+"""Measurements as a table, a file and a plot, beside what other kernels were recorded to take; a choice of cells."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FEW_TOKENS = 64
+"""Up to so many the weights' bytes are what takes the time, beyond it the arithmetic."""
+
+Recorded = Mapping[tuple[str, str, str], Mapping[int, float]]
+"""Microseconds by tokens, for each layer, implementation and kind of weights."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; ``us`` per call, ``fraction`` of the read bandwidth, ``plain_us`` with unquantised weights."""
+
+    layer: str
+    weights: str
+    m: int
+    us: float
+    fraction: float
+    tflops: float
+    plain_us: float
+
+
+def recorded(name: str) -> Recorded:
+    """A file of recorded figures beside this one; its lines that begin with # say where they come from."""
+    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        place = found.setdefault((row["layer"], row["implementation"], row["weights"]), {})
+        place[int(row["m"])] = float(row["us"])
+    return found
+
+
+def table(rows: Sequence[Row], plain: str, others: Mapping[str, Callable[[Any], object]]) -> str:
+    """Markdown; a fraction of the bandwidth for few tokens, TFLOP/s beyond.
+
+    Args:
+        rows: One line each.
+        plain: What ran with unquantised weights.
+        others: Heads of further columns, and what they say of a row.
+    """
+    columns: dict[str, Callable[[Any], object]] = {
+        "layer": lambda row: row.layer,
+        "weights": lambda row: row.weights,
+        "M": lambda row: row.m,
+        "us": lambda row: f"{row.us:.1f}",
+        "of bandwidth / TFLOP/s": lambda row: f"{row.fraction:.2f}" if row.m <= FEW_TOKENS else f"{row.tflops:.0f} T",
+        f"{plain} us": lambda row: f"{row.plain_us:.1f}",
+        f"{plain} / ours": lambda row: f"{row.plain_us / row.us:.2f}",
+        **others,
+    }
+    lines = [columns, ["---"] * len(columns), *([show(row) for show in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def plot(rows: Sequence[Row], weights: str, plain: str, peers: Recorded, path: str) -> None:
+    """Time over tokens, a panel a layer: ours with ``weights``, unquantised, the peers' with act-order and without."""
+    import matplotlib.pyplot as plt
+
+    kinds = {weights, weights.removesuffix(" act-order")}
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    figure, axes = plt.subplots(1, len(layers), figsize=(4.5 * len(layers), 4), squeeze=False)
+    for axis, layer in zip(axes[0], layers, strict=True):
+        mine = [row for row in rows if (row.layer, row.weights) == (layer, weights)]
+        axis.loglog([row.m for row in mine], [row.us for row in mine], "o-", label=f"graftq, {weights}")
+        axis.loglog([row.m for row in mine], [row.plain_us for row in mine], "k--", label=plain)
+        for (where, implementation, kind), times in peers.items():
+            if where == layer and kind in kinds:
+                axis.loglog(list(times), list(times.values()), ":", label=f"{implementation}, {kind} (recorded)")
+        axis.set(title=layer, xlabel="tokens")
+    axes[0][0].set_ylabel("us per call")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def write_csv(rows: Sequence[Any], path: str) -> None:
+    """Dataclass instances as a table with their fields for names."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def publish(
+    rows: Sequence[Row],
+    options: argparse.Namespace,
+    weights: str,
+    plain: str,
+    peers: Recorded,
+    others: Mapping[str, Callable[[Any], object]],
+) -> None:
+    """Print the table, and write what :func:`parser_for`'s options ask for."""
+    print(table(rows, plain, others))
+    if options.csv:
+        write_csv(rows, options.csv)
+    if options.plot:
+        plot(rows, weights, plain, peers, options.plot)
+
+
+def parser_for(description: str | None, layers: Sequence[str], tokens: Sequence[int]) -> argparse.ArgumentParser:
+    """A command's parser, with the options on which cells are measured and where the rows go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", nargs="+", choices=layers, default=layers, help="only these")
+    parser.add_argument("--tokens", nargs="+", choices=tokens, default=tokens, type=int, help="only these numbers")
+    parser.add_argument("--csv", help="write every row there")
+    parser.add_argument("--plot", help="write a plot there")
+    return parser

@@ -1,0 +1,21 @@
+"""Where the Triton kernels run, for linear layers and experts alike."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Request, Verdict
+
+
+def judge_triton(request: Request | ExpertsRequest) -> Verdict:
+    """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
+    if request.device not in ("cuda", "xpu"):
+        return Rejected(f"no Triton kernels for device type {request.device}")
+    if importlib.util.find_spec("triton") is None:
+        return Rejected("triton is not installed", "install it: pip install triton")
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"{request.dtype} activations; the kernels compute in float16 and bfloat16"
+        return Rejected(reason, "load the model with dtype=torch.float16 or torch.bfloat16")
+    return Accepted()
