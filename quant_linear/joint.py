@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from graftq.quant_linear.dispatch import is_unwatched
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.tiled_layout import PADDED_N, TiledLayout
 
@@ -80,7 +81,7 @@ class Joint:
     """The product of joined layers, and the parts of its output that are still to be fetched.
 
     That the layers are called with the same tensor does not say that it still holds the same numbers. So the first
-    time the numbers are compared, eagerly: what comes before that, compiled or captured, multiplies one by one.
+    time the numbers are compared, eagerly: what comes before that, compiled, traced or captured, multiplies one by one.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]):
@@ -94,7 +95,7 @@ class Joint:
 
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place``, returns for ``x``."""
-        if not self._is_proven and (torch.compiler.is_compiling() or _is_capturing(x)):
+        if not self._is_proven and (not is_unwatched(x) or _is_capturing(x)):
             return layer.multiply(x, layer.spec)
         waiting = self._waiting
         if place == 0 and waiting is None:

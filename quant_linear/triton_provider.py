@@ -48,7 +48,9 @@ class TritonProvider:
             spec.signature,
         )
         if x.requires_grad and torch.is_grad_enabled():
-            return _ops().TiledLinear.apply(*arguments)
+            from graftq.quant_linear.ops import TiledLinear  # not by `_ops`, which torch.compile would follow
+
+            return TiledLinear.apply(*arguments)
         return (_ops().tiled_linear if is_unwatched(x) else torch.ops.graftq.tiled_linear)(*arguments)
 
 

@@ -162,6 +162,19 @@ def test_compiles_to_one_graph(gpu: str):
         assert relative_error(compiled(x), expected(x * 2, stored, spec) + 1) < LIMIT[x.dtype]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
+def test_compiles_with_gradients(device: str):
+    shape = Shape(k=320, group=32, act_order=True)
+    spec, stored = shape.spec(), make(shape, device=device)
+    provider = TritonProvider()
+    packed = provider.layout(spec).pack(stored)
+    compiled = torch.compile(lambda x: provider.linear(x, packed, spec), backend="eager", fullgraph=True)
+    x = torch.randn(5, 320, device=device).half().requires_grad_()
+    grad = torch.randn(5, 128, device=device).half()
+    compiled(x).backward(grad)
+    assert relative_error(x.grad, grad.double() @ dequantize(stored, spec).double()) < LIMIT[x.dtype]
+
+
 @pytest.mark.parametrize("m", [1, 16, 100, 1500])
 def test_graph_capture_and_repeatable_bits(m: int, gpu: str):
     shape = Shape(k=4096, n=1024, act_order=True)
