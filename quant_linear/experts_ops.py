@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from graftq.quant_linear.devices import device_of
+from graftq.quant_linear.dispatch import on_its_device
 from graftq.quant_linear.experts_launches import (
     Kind,
     MatrixProduct,
@@ -51,11 +52,9 @@ _library.define(
 )
 
 
+@on_its_device
 def tiled_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *arguments: object) -> torch.Tensor:
     """The layer's output [T, H] for ``x`` [T, H], fp16 or bf16. Arguments: the stacks up and down, the signature."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device(x.device):
-            return tiled_experts(x, index, weights, *arguments)
     *tensors, signature = arguments
     size = len(Stack._fields)
     up, down = Stack(*tensors[:size]), Stack(*tensors[size:])  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from graftq.quant_linear.devices import device_of
+from graftq.quant_linear.dispatch import on_its_device
 from graftq.quant_linear.experts_launches import Kind, MatrixProduct, Preparation, Rows, Stack, matrix_tile
 from graftq.quant_linear.experts_ops import rows_of, stack_schema
 from graftq.quant_linear.experts_tiles import choose_tokens
@@ -21,11 +22,9 @@ _library.define(f"tiled_experts_product({_ARGUMENTS}) -> Tensor")
 _library.define(f"tiled_experts_product_grad({_ARGUMENTS}, int features) -> Tensor")
 
 
+@on_its_device
 def _tiled_experts_product(x: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
     """One product [slots, rows], 0 for nobody's slots; ``x`` [slots / share, K]. Arguments: stack, signature, sizes."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return _tiled_experts_product(x, index, *arguments)
     *tensors, signature, share, part_rows, rows = arguments
     stack = Stack(*tensors)._replace(bias=None)  # type: ignore[arg-type]
     assert isinstance(rows, int)
@@ -57,14 +56,12 @@ def _launches(
     return prepare, MatrixProduct(prepare.rows, kind, spec, dtype, tile, rows, part_rows, overlap)
 
 
+@on_its_device
 def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
     """The gradient [slots / share, features] of the product's ``x``. Arguments: as for the product, then features.
 
     Expert by expert from dequantised weights; waits for the device, to learn which experts have tokens.
     """
-    if grad.is_cuda and grad.device.index != torch.cuda.current_device():
-        with torch.cuda.device(grad.device):
-            return _tiled_experts_product_grad(grad, index, *arguments)
     *tensors, signature = arguments[:-4]
     stack, spec = Stack(*tensors), QuantSpec.parse(signature)  # type: ignore[arg-type]
     share, part_rows, rows, features = (int(number) for number in arguments[-4:])  # type: ignore[call-overload]

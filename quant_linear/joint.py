@@ -52,29 +52,28 @@ def join(layers: Sequence[QuantLinear]) -> bool:
 
 
 def _can_join(layers: Sequence[QuantLinear]) -> bool:
-    first = layers[0]
-    order = first._parameters.get("order")
+    kind, order = _kind(layers[0]), layers[0]._parameters.get("order")
     for layer in layers:
         own = layer._parameters.get("order")
-        kinds = [(type(each.provider), each.dtype, *_kind(each)) for each in (first, layer)]
         if (
             layer.joint is not None
             or not isinstance(layer.layout, TiledLayout)
-            or kinds[0] != kinds[1]
+            or _kind(layer) != kind
             or layer.spec.padded_out != layer.spec.out_features
             or layer.spec.out_features % PADDED_N
             or (own is None) != (order is None)
-            or (own is not None and order is not None and not torch.equal(own, order))
+            or (own is not order and own is not None and order is not None and not torch.equal(own, order))
         ):
             return False
     return True
 
 
 def _kind(layer: QuantLinear) -> tuple[object, ...]:
+    """What joined layers have in common, besides their act-order."""
     tensors = [layer._parameters.get(name) for name in ("codes", "scales", "bias")]
     stored = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in tensors]
     rows = None if tensors[1] is None else tensors[1].shape[0]
-    return (*(getattr(layer.spec, name) for name in _ALIKE), *stored, rows)
+    return (type(layer.provider), layer.dtype, *(getattr(layer.spec, name) for name in _ALIKE), *stored, rows)
 
 
 class Joint:

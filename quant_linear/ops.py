@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from graftq.quant_linear.dispatch import on_its_device
 from graftq.quant_linear.plain_weights import Weights, plain_runs
 from graftq.quant_linear.spec import QuantSpec
 from graftq.quant_linear.tiled_product import product_for
@@ -18,12 +19,9 @@ _library.define(f"tiled_linear(Tensor x, {_WEIGHTS}) -> Tensor")
 _library.define(f"tiled_linear_input_grad(Tensor grad, {_WEIGHTS}) -> Tensor")
 
 
+@on_its_device
 def tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
     """``x @ W.T + bias`` for ``x`` [..., K], fp16 or bf16; [..., N]. Arguments: :class:`Weights`, the signature."""
-    device = x.device
-    if x.is_cuda and device.index != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device(device):
-            return tiled_linear(x, *arguments)
     *weights, signature = arguments
     codes, _, scales, qzeros, order, bias = weights
     product = product_for(
@@ -31,7 +29,7 @@ def tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         x.shape,
         x.stride(),
         x.dtype,
-        device,
+        x.device,
         codes.shape[1],  # type: ignore[attr-defined]
         scales.shape[0],  # type: ignore[attr-defined]
         scales.stride(0),  # type: ignore[attr-defined]
@@ -43,11 +41,9 @@ def tiled_linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
     return product(x, weights)  # type: ignore[arg-type]
 
 
+@on_its_device
 def _tiled_linear_input_grad(grad: torch.Tensor, *arguments: object) -> torch.Tensor:
     """``grad @ W`` for ``grad`` [..., N]: [..., K], summed over runs of N in its dtype. Arguments: likewise."""
-    if grad.is_cuda and grad.device.index != torch.cuda.current_device():
-        with torch.cuda.device(grad.device):
-            return _tiled_linear_input_grad(grad, *arguments)
     weights, spec = Weights(*arguments[:-1]), QuantSpec.parse(arguments[-1])  # type: ignore[arg-type]
     rows, k = grad.reshape(-1, spec.out_features), spec.in_features
     total = grad.new_zeros(len(rows), weights.codes.shape[1] * 128)

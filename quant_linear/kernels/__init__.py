@@ -1,1 +1,1 @@
-"""Triton kernels. They validate nothing and allocate nothing: ``quant_linear.ops`` does."""
+"""Triton kernels. They validate nothing and allocate nothing: whoever launches them does."""
