@@ -3,8 +3,9 @@
     python benchmarks/mixtral_writer.py FOLDER --branch gptq-4bit-128g-actorder_True
     python benchmarks/generate.py FOLDER [--batches 1 4 8 32] [--modes eager static] [--csv FILE] [--plot FILE]
 
-Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); loop (eager,
-with experts one by one, as without a kernel for all of them; comes last, since it rearranges the model).
+Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); graphs (the
+same in CUDA graphs, which it does not use by itself where attention needs a mask); loop (eager, with experts one by
+one, as without a kernel for all of them; comes last, since it rearranges the model).
 A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose) could be read at
 the bandwidth measured in the same run, over the time it took.
 """
@@ -30,7 +31,8 @@ from transformers import AutoModelForCausalLM
 
 from graftq.quant_linear.experts import QuantExperts
 
-MODES = ("eager", "static", "continuous", "loop")
+BATCHED = ("continuous", "graphs")
+MODES = ("eager", "static", *BATCHED, "loop")
 PROMPT = 128
 LONG_PROMPT = 3696
 CATEGORIES = {
@@ -84,7 +86,7 @@ def main() -> None:
         for batch in options.batches:
             rows.append(_decode(model, mode, batch, options.prompt, options.new_tokens, bandwidth))
             print(_line(rows[-1]), flush=True)
-        if mode != "continuous":
+        if mode not in BATCHED:
             print(_breakdown(model, mode, options.prompt))
     if options.csv:
         write_csv(rows, options.csv)
@@ -155,9 +157,10 @@ def _prompts(model: Any, batch: int, length: int) -> torch.Tensor:
 def _generate(model: Any, inputs: torch.Tensor, count: int, mode: str = "eager") -> object:
     arguments: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     arguments["pad_token_id"] = 0
-    if mode == "continuous":
+    if mode in BATCHED:
         config = transformers.GenerationConfig(eos_token_id=-1, **arguments)
-        return model.generate_batch(inputs=inputs.tolist(), generation_config=config)
+        batching = transformers.ContinuousBatchingConfig(use_cuda_graph=True if mode == "graphs" else None)
+        return model.generate_batch(inputs.tolist(), config, batching)
     if mode == "static":
         arguments["cache_implementation"] = "static"
     return model.generate(inputs, attention_mask=torch.ones_like(inputs), **arguments)
@@ -263,7 +266,7 @@ def _plot(rows: list[Row], path: str) -> None:
     for name, figures in json.loads(Path(__file__).with_name("recorded_engine.json").read_text()).items():
         axis.loglog([int(batch) for batch in figures], list(figures.values()), ":", label=f"{name} (recorded)")
     axis.set(xlabel="batch", ylabel="tokens/s")
-    axis.legend()
+    axis.legend(loc="upper left", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -46,7 +46,9 @@ LAYERS = (Layer("Mixtral-8x7B", 8, 2, 4096, 14336), Layer("Qwen3-30B-A3B", 128, 
 MAIN = Weights(act_order=True)
 TOKENS_OF = {
     MAIN: TOKENS,
-    **dict.fromkeys((Weights(), Weights(group=-1), Weights(bits=3), Weights(bits=8)), (1, 2, 4, 8, 16, 256)),
+    **dict.fromkeys(
+        (Weights(), Weights(group=-1), Weights(bits=3), replace(MAIN, bits=3), Weights(bits=8)), (1, 2, 4, 8, 16, 256)
+    ),
 }
 TINY = Layer("tiny", 3, 2, 128, 128)
 

@@ -14,7 +14,7 @@ from graftq.quant_linear.experts_rows import HALF_FRAGMENT, StackRows
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
 from graftq.quant_linear.tiled_experts_layout import PREFIX, TiledExpertsLayout
-from graftq.quant_linear.triton_support import judge_triton
+from graftq.quant_linear.triton_support import judge_triton, start_triton
 
 
 class TritonExperts:
@@ -34,6 +34,7 @@ class TritonExperts:
         """Two stacks of tiles."""
         import graftq.quant_linear.experts_product  # noqa: F401 - whoever packs will multiply
 
+        start_triton()
         return TiledExpertsLayout(spec)
 
     def experts(
@@ -45,8 +46,8 @@ class TritonExperts:
         has no name, gate and up differ in act-order, or there is a norm, the products are bare and torch does the rest.
         """
         spec, packed = module.spec, module.tensors
-        up, down = _stack(packed, "up", module.up_bias), _stack(packed, "down", module.down_bias)
-        is_fused = f"{PREFIX}up_columns" in packed
+        up, down = _stack(packed, _UP, module.up_bias), _stack(packed, _DOWN, module.down_bias)
+        is_fused = _IS_FUSED in packed
         learns = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
             for tensor in (x, top_k_weights, module.up_bias, module.down_bias)
@@ -89,13 +90,21 @@ Arguments = tuple[torch.Tensor | None, ...]
 """An ``experts_launches.Stack``'s."""
 
 
-def _stack(packed: Mapping[str, torch.Tensor | None], stack: str, own_bias: torch.Tensor | None) -> Arguments:
-    codes, high, scales, zeros, order, bias = (
-        packed.get(f"{PREFIX}{stack}_{name}") for name in ("codes", "high", "scales", "zeros", "order", "bias")
-    )
+# Written out once: a layer's call looks fourteen names up, in a model's every layer and step.
+_UP, _DOWN = (
+    tuple(f"{PREFIX}{stack}_{name}" for name in ("codes", "high", "scales", "zeros", "order", "bias", "columns"))
+    for stack in ("up", "down")
+)
+_IS_FUSED = f"{PREFIX}up_columns"
+
+
+def _stack(
+    packed: Mapping[str, torch.Tensor | None], names: tuple[str, ...], own_bias: torch.Tensor | None
+) -> Arguments:
+    codes, high, scales, zeros, order, bias = [packed.get(name) for name in names[:-1]]
     if own_bias is not None:
         bias = own_bias if bias is None else bias[:, : own_bias.shape[1]] + own_bias
-    columns = None if bias is None else packed.get(f"{PREFIX}{stack}_columns")  # which only a bias needs
+    columns = None if bias is None else packed.get(names[-1])  # which only a bias needs
     return codes, high, scales, zeros, order, columns, bias
 
 
@@ -113,7 +122,7 @@ def _step_by_step(
     is_ours = (expert >= 0) & (expert < experts)
     expert = torch.where(is_ours, expert, 0)
 
-    is_fused = f"{PREFIX}up_columns" in module.tensors
+    is_fused = _IS_FUSED in module.tensors
     if is_fused:
         rows = part_rows = second.codes.shape[2] * 128 * (1 + spec.is_gated)
     else:

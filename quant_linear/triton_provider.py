@@ -14,7 +14,7 @@ from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Reque
 from graftq.quant_linear.spec import QuantSpec
 from graftq.quant_linear.tiled_layout import TiledLayout
 from graftq.quant_linear.triton_experts import TritonExperts
-from graftq.quant_linear.triton_support import judge_triton
+from graftq.quant_linear.triton_support import judge_triton, start_triton
 
 
 class TritonProvider:
@@ -29,7 +29,9 @@ class TritonProvider:
 
     def layout(self, spec: QuantSpec) -> TiledLayout:
         """Tiles in the order of the matrix instructions."""
-        _ops()  # whoever packs will multiply: what Triton does once belongs to loading
+        import graftq.quant_linear.ops  # noqa: F401 - whoever packs will multiply
+
+        start_triton()
         return TiledLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
@@ -57,9 +59,7 @@ class TritonProvider:
 @cache
 def _ops() -> Any:
     from graftq.quant_linear import ops  # not at the top, where triton may be absent
-    from graftq.quant_linear.kernels.launch import hash_triton
 
-    hash_triton()
     return ops
 
 

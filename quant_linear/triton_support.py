@@ -1,8 +1,10 @@
-"""Where the Triton kernels run, for linear layers and experts alike."""
+"""Where the Triton kernels run, and what Triton does once; for linear layers and experts alike."""
 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -19,3 +21,15 @@ def judge_triton(request: Request | ExpertsRequest) -> Verdict:
         reason = f"{request.dtype} activations; the kernels compute in float16 and bfloat16"
         return Rejected(reason, "load the model with dtype=torch.float16 or torch.bfloat16")
     return Accepted()
+
+
+@cache
+def start_triton() -> None:
+    """Let Triton hash itself (400 MB, which its cache of kernels goes by) while a model loads, not at its first token.
+
+    Nothing happens where a version of Triton keeps the function elsewhere.
+    """
+    for module in ("triton.runtime.cache", "triton.compiler.compiler"):
+        if hasattr(import_module(module), "triton_key"):
+            import_module(module).triton_key()
+            return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -62,14 +61,3 @@ class Launch:
                 self._compiled = found.run
             return
         compiled(*self._grid, driver.active.get_current_stream(self._device), *self._head, *addresses, *self._settled)
-
-
-def hash_triton() -> None:
-    """Let Triton hash itself (400 MB, which its cache of kernels goes by) while a model loads, not at its first token.
-
-    Nothing happens where a version of Triton keeps the function elsewhere.
-    """
-    for module in ("triton.runtime.cache", "triton.compiler.compiler"):
-        if hasattr(import_module(module), "triton_key"):
-            import_module(module).triton_key()
-            return
