@@ -14,7 +14,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -165,6 +165,8 @@ def experts_module(count: int, hidden: int, inner: int, bits: int, group: int, a
     provider = CpuExperts()
     shapes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     made = {name: random_tensors(*shape, bits, group, act_order) for name, shape in shapes.items()}
+    (spec, gate), (_, up) = made["gate_proj"], made["up_proj"]
+    made["gate_proj"] = (spec, replace(gate, g_idx=up.g_idx))  # as in checkpoints, whose gate and up share it
 
     def layer(name: str) -> QuantLinear:
         return QuantLinear.from_tensors(*made[name], lambda request: Selection(CpuProvider(), {}), torch.bfloat16)

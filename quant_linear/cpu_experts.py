@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from graftq.quant_linear.cpu_layout import CpuLayout
-from graftq.quant_linear.cpu_ops import CpuExpertsLinear
-from graftq.quant_linear.cpu_provider import judge_cpu, layout_of, weights_of
+from graftq.quant_linear.cpu_ops import product
+from graftq.quant_linear.cpu_support import judge_cpu, layout_of, weights_of
+from graftq.quant_linear.cpu_tiles import Weights
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.layouts import GptqTensors
@@ -19,6 +21,8 @@ from graftq.quant_linear.spec import QuantSpec
 PREFIX = "packed_"
 """What the names of all packed tensors begin with; an experts module has names of its own."""
 
+_GATE_UP, _JOINED = ("gate_proj", "up_proj"), "gate_up_proj"
+_WHOLE = 64  # gate and up are joined where their outputs are a multiple: no padding between them, in any layout
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _KEPT = ("scales", "bias", "g_idx")  # tensors that keep the dtype they are stored in
 
@@ -27,9 +31,10 @@ _KEPT = ("scales", "bias", "g_idx")  # tensors that keep the dtype they are stor
 class StackedLayout:
     """The tensors of :class:`CpuLayout`, stacked: ``packed_{projection}_{tensor}`` [E, ...].
 
-    ``packed_dtypes``, int8 [E, projections, 3], remembers the stored dtypes of scales, bias and g_idx (-1: absent), and
-    ``packed_{projection}_order`` is there if any expert's rows have moved. Experts whose groups lie differently are
-    padded to the longest.
+    ``gate_proj`` and ``up_proj`` become one projection of twice the outputs, ``gate_up_proj``, where each expert's two
+    have the same ``g_idx``, as those that were quantised together have. ``packed_dtypes``, int8 [E, projections, 3],
+    remembers the stored dtypes of scales, bias and g_idx (-1: absent), and ``packed_{projection}_order`` is there if
+    any expert's rows have moved. Experts whose groups lie differently are padded to the longest.
     """
 
     spec: ExpertsSpec
@@ -37,55 +42,107 @@ class StackedLayout:
     def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
         """Repack, projection by projection, dropping each expert's tensors once they are done."""
         packed: dict[str, torch.Tensor] = {}
-        dtypes = torch.full((self.spec.num_experts, len(self.spec.names), len(_KEPT)), -1, dtype=torch.int8)
-        for place, name in enumerate(self.spec.names):
-            stored = [take(name, expert) for expert in range(self.spec.num_experts)]
-            for expert, tensors in enumerate(stored):
-                for kind, suffix in enumerate(_KEPT):
-                    tensor = getattr(tensors, suffix)
-                    dtypes[expert, place, kind] = -1 if tensor is None else _DTYPES.index(tensor.dtype)
-            for suffix, stack in _stack(self._layouts(name), stored).items():
-                packed[f"{PREFIX}{name}_{suffix}"] = stack
-        return packed | {f"{PREFIX}dtypes": dtypes}
+        dtypes: list[torch.Tensor] = []
+        stored: dict[str, list[GptqTensors]] = {}
+        for name in self.spec.names:
+            stored[name] = [take(name, expert) for expert in range(self.spec.num_experts)]
+            dtypes.append(_stored_dtypes(stored[name]))
+            if name == "gate_proj":
+                continue  # until up_proj is there, too
+            products = [tuple(stored)] if self._can_join(stored) else [(each,) for each in stored]
+            for parts in products:
+                stack = parts[0] if len(parts) == 1 else _JOINED
+                tensors = _stack(self._layouts(parts[0]), [stored.pop(part) for part in parts])
+                packed |= {f"{PREFIX}{stack}_{suffix}": tensor for suffix, tensor in tensors.items()}
+        return packed | {f"{PREFIX}dtypes": torch.stack(dtypes, 1)}
 
     def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
         """Restore one projection bit for bit."""
-        own = {suffix: stack[expert] for suffix, stack in self.of(packed, name).items()}
+        layout = layout_of(self.spec.of(name)[expert])
+        is_half = name in _GATE_UP and self.is_joined(packed)
+        start = f"{PREFIX}{_JOINED if is_half else name}_"
+        own = {key.removeprefix(start): tensor[expert] for key, tensor in packed.items() if key.startswith(start)}
+        if is_half:
+            for suffix, dim in layout.OUTPUTS.items():
+                if suffix in own:
+                    own[suffix] = own[suffix].chunk(2, dim)[_GATE_UP.index(name)].contiguous()
         dtypes = packed[f"{PREFIX}dtypes"][expert, self.spec.names.index(name)].tolist()
         for suffix, dtype in zip(_KEPT, dtypes, strict=True):
             kept = own.pop(suffix, None)
             if kept is not None and dtype >= 0:
                 own[suffix] = kept.to(_DTYPES[dtype])
-        return self._layouts(name)[expert].unpack(own)
+        return layout.unpack(own)
 
-    def of(self, packed: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-        """The stacks of one projection."""
-        start = f"{PREFIX}{name}_"
-        return {key.removeprefix(start): tensor for key, tensor in packed.items() if key.startswith(start)}
+    def is_joined(self, packed: Mapping[str, torch.Tensor | None]) -> bool:
+        """Whether gate and up, apart in the checkpoint, are one projection here."""
+        return self.spec.names[:-1] == _GATE_UP and f"{PREFIX}{_JOINED}_codes" in packed
+
+    def weights(self, packed: Mapping[str, torch.Tensor | None], stack: str) -> tuple[Weights, int]:
+        """The operator's arguments for one projection of all experts: its weights and its number of outputs."""
+        spec, names = self._stacks[stack]
+        return weights_of(packed, spec, names), spec.out_features
+
+    @cached_property
+    def _stacks(self) -> dict[str, tuple[QuantSpec, list[str]]]:
+        """What the experts of each stack have in common, and their tensors' names in the operator's order."""
+        specs = dict(self.spec.projections)
+        common = {name: replace(of[0], sym=all(spec.sym for spec in of)) for name, of in specs.items()}
+        if self.spec.names[:-1] == _GATE_UP:
+            gate, up = (common[name] for name in _GATE_UP)
+            outputs = gate.out_features + up.out_features
+            common[_JOINED] = replace(gate, sym=gate.sym and up.sym, out_features=outputs, padded_out=outputs)
+        tensors = Weights._fields[:7]
+        return {name: (spec, [f"{PREFIX}{name}_{tensor}" for tensor in tensors]) for name, spec in common.items()}
+
+    def _can_join(self, stored: Mapping[str, Sequence[GptqTensors]]) -> bool:
+        """Whether these are gate and up, and each expert's two differ in nothing but their numbers."""
+        if tuple(stored) != _GATE_UP:
+            return False
+        gates, ups = (zip(self.spec.of(name), stored[name], strict=True) for name in _GATE_UP)
+        for (gate, gate_tensors), (up, up_tensors) in zip(gates, ups, strict=True):
+            if replace(gate, sym=up.sym) != up or up.padded_out != up.out_features or up.out_features % _WHOLE:
+                return False
+            g_idx = gate_tensors.g_idx, up_tensors.g_idx
+            if g_idx[0] is not None and g_idx[1] is not None and not g_idx[0].equal(g_idx[1]):
+                return False
+        return True
 
     def _layouts(self, name: str) -> list[CpuLayout]:
         return [layout_of(spec) for spec in self.spec.of(name)]
 
 
-def _stack(layouts: Sequence[CpuLayout], stored: list[GptqTensors]) -> dict[str, torch.Tensor]:
-    """Pack each expert's tensors into stacks; empties ``stored``."""
-    device = stored[0].qweight.device
-    unit = min(layout.unit(tensors.g_idx) for layout, tensors in zip(layouts, stored, strict=True))
-    places = [layout.places(tensors.g_idx, unit, device) for layout, tensors in zip(layouts, stored, strict=True)]
+def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> dict[str, torch.Tensor]:
+    """Pack each expert's tensors into stacks, its outputs of all ``parts`` side by side; empties ``parts``."""
+    first = parts[0]
+    device = first[0].qweight.device
+    unit = min(layout.unit(tensors.g_idx) for layout, tensors in zip(layouts, first, strict=True))
+    places = [layout.places(tensors.g_idx, unit, device) for layout, tensors in zip(layouts, first, strict=True)]
     rows = max(place.rows for place in places)
     moved = any(place.order is not None for place in places)
-    dtypes = {suffix: _common(stored, suffix) for suffix in _KEPT}
+    dtypes = {suffix: _common([tensors for part in parts for tensors in part], suffix) for suffix in _KEPT}
     stacks: dict[str, torch.Tensor] = {}
     for expert, layout in enumerate(layouts):
-        packed = layout.pack_in(stored.pop(0), unit)
-        if moved:
-            layout.pad(packed, rows, unit)
-        for suffix, tensor in packed.items():
-            if suffix not in stacks:
-                dtype = dtypes.get(suffix) or tensor.dtype
-                stacks[suffix] = tensor.new_empty(len(layouts), *tensor.shape, dtype=dtype)
-            stacks[suffix][expert] = tensor
+        for number, part in enumerate(parts):
+            packed = layout.pack_in(part.pop(0), unit)
+            if moved:
+                layout.pad(packed, rows, unit)
+            for suffix, tensor in packed.items():
+                dim = layout.OUTPUTS.get(suffix)
+                if suffix not in stacks:
+                    shape = [size * (len(parts) if each == dim else 1) for each, size in enumerate(tensor.shape)]
+                    dtype = dtypes.get(suffix) or tensor.dtype
+                    stacks[suffix] = tensor.new_empty(len(layouts), *shape, dtype=dtype)
+                own = stacks[suffix][expert]
+                own = own if dim is None else own.chunk(len(parts), dim)[number]
+                own.copy_(tensor)
     return stacks
+
+
+def _stored_dtypes(stored: Sequence[GptqTensors]) -> torch.Tensor:
+    """One projection's part of ``packed_dtypes``: [E, 3]."""
+    kept = [[getattr(tensors, suffix) for suffix in _KEPT] for tensors in stored]
+    codes = [[-1 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in each] for each in kept]
+    return torch.tensor(codes, dtype=torch.int8, device="cpu")
 
 
 def _common(stored: Sequence[GptqTensors], suffix: str) -> torch.dtype | None:
@@ -124,36 +181,33 @@ class CpuExperts:
         self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Shapes as in :meth:`QuantExperts.forward`; differentiable in ``x`` and the weights."""
-        layout, packed = StackedLayout(module.spec), module.packed()
-        up = [_linear(x, top_k_index, layout.of(packed, name), module.spec.of(name)) for name in module.spec.names[:-1]]
-        hidden = up[0]
-        if len(up) == 2:
-            is_concatenated = module.spec.is_concatenated
-            hidden = torch.cat(up, dim=-1) if is_concatenated else torch.stack(up, dim=-1).flatten(-2)
-        known = top_k_index.clamp(max=module.num_experts - 1)
+        layout, packed = module.layout, module.tensors
+        assert isinstance(layout, StackedLayout)
+
+        def multiply(rows: torch.Tensor, token: torch.Tensor | None, stack: str) -> torch.Tensor:
+            weights, outputs = layout.weights(packed, stack)
+            return product("cpu_experts_linear", rows, token, expert, *weights, outputs)
+
+        index = top_k_index.flatten()
+        expert, slot = index.masked_fill(index < 0, module.num_experts).sort(stable=True)
+        token = slot.div(top_k_index.shape[1], rounding_mode="floor")
+        known = expert.clamp(max=module.num_experts - 1)
+        names = (_JOINED,) if layout.is_joined(packed) else module.spec.names[:-1]
+        ups = [multiply(x, token, name) for name in names]
+        hidden = ups[0] if len(ups) == 1 else torch.cat(ups, dim=-1)
+        if module.spec.names[:-1] == _GATE_UP and not module.spec.is_concatenated:
+            hidden = hidden.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         if module.up_bias is not None:
             hidden = hidden + module.up_bias[known].to(x.dtype)
-        inner = module.activate(hidden.flatten(0, 1))
-        down = layout.of(packed, "down_proj")
-        output = _linear(inner, top_k_index.reshape(-1, 1), down, module.spec.of("down_proj"))
-        output = output.view(*top_k_index.shape, x.shape[1])
+        output = multiply(module.activate(hidden), None, "down_proj")
         if module.down_bias is not None:
             output = output + module.down_bias[known].to(x.dtype)
         if module.post_expert_norm is not None:
             output = module.post_expert_norm(output)
-        weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
-        return (output.float() * weights[..., None].float()).sum(1).to(x.dtype)
+        weights = top_k_weights.flatten().index_select(0, slot).float().masked_fill(expert >= module.num_experts, 0)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        return total.index_add_(0, token, output.float() * weights[:, None]).to(x.dtype)
 
 
 _FREE = ("desc_act", "sym", "signature")
 """What experts may differ in."""
-
-
-def _linear(
-    x: torch.Tensor, index: torch.Tensor, packed: Mapping[str, torch.Tensor], specs: Sequence[QuantSpec]
-) -> torch.Tensor:
-    weights = weights_of(packed, specs[0])._replace(sym=all(spec.sym for spec in specs))
-    arguments = (index, *weights, specs[0].out_features)
-    if x.requires_grad and torch.is_grad_enabled():
-        return CpuExpertsLinear.apply(x, *arguments)
-    return torch.ops.graftq.cpu_experts_linear(x, *arguments)

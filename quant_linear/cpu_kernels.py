@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -73,37 +74,57 @@ def takes_bytes(spec: QuantSpec) -> bool:
     return spec.bits == 8 and work >= _LEAST_BYTES.get(int4_block(), 0)
 
 
-def tile_dtype(tokens: int, w: Weights, dtype: torch.dtype) -> torch.dtype | None:
-    """What tiles for activations of ``dtype`` are multiplied in; None if a kernel reads the weights as they are."""
-    if dtype == torch.float32:
-        return dtype
-    kept_as = "bytes" if w.is_bytes else "two nibbles" if w.halves == 2 else "one nibble"
-    few = tokens <= _FEW_TOKENS[fast_dtype()][kept_as]
-    return None if few and (has_int8_kernel() if w.is_bytes else int4_block() is not None) else fast_dtype()
+def most_tokens(w: Weights, dtype: torch.dtype) -> int:
+    """Most rows of ``dtype`` that a kernel multiplies by the weights as they are; -1 if there is no such kernel."""
+    if dtype == torch.float32 or not (has_int8_kernel() if w.is_bytes else int4_block()):
+        return -1
+    return _FEW_TOKENS[fast_dtype()]["bytes" if w.is_bytes else "two nibbles" if w.halves == 2 else "one nibble"]
 
 
-def multiply(placed: torch.Tensor, w: Weights, n: int, expert: int | None = None) -> torch.Tensor:
-    """``placed`` [M, rows], inputs in packed order, by the weights (of ``expert``): [M, n], in the kernel's dtype."""
-    tiled = tile_dtype(len(placed), w, placed.dtype)
-    if tiled is not None:
-        return multiply_tiles(placed.to(tiled), w if expert is None else w.of(expert), n)
-    placed, codes, scales_and_zeros = placed.to(torch.bfloat16), w.codes, w.scales_and_zeros
-    if expert is not None:
-        codes, scales_and_zeros = codes[expert], scales_and_zeros[expert]
+def multiply(placed: torch.Tensor, w: Weights, n: int) -> torch.Tensor:
+    """``placed`` [M, rows], inputs in packed order, by the weights: [M, n], in the kernel's dtype."""
+    if len(placed) > most_tokens(w, placed.dtype):
+        return multiply_tiles(placed if placed.dtype == torch.float32 else placed.to(fast_dtype()), w, n)
     if w.is_bytes:
-        out = multiply_bytes(placed, codes, scales_and_zeros, w.sym)
-    else:
-        out = multiply_nibbles(torch.cat((placed, placed), 1) if w.halves == 2 else placed, codes, scales_and_zeros)
+        return multiply_bytes(placed.to(torch.bfloat16), w.codes, w.scales_and_zeros, w.sym)[:, :n]
+    rows, codes, unit = _for_nibbles(placed, w)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows, codes, unit, w.scales_and_zeros)
     return out if out.shape[1] == n else out[:, :n]
 
 
-def multiply_nibbles(placed: torch.Tensor, codes: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-    """bf16 [M, rows] by the tensors of ``Int4Layout``: bf16 [M, blocks * block]."""
-    units, columns, _ = scales_and_zeros.shape
-    rows = placed.shape[1]
-    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(
-        placed, codes.view(columns, rows // 2), rows // units, scales_and_zeros
+def multiply_runs(placed: torch.Tensor, w: Weights, n: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Rows of ``placed`` [S, rows], each by the weights of its expert: [S, n], in the kernel's dtype.
+
+    Args:
+        placed: Inputs in the packed order of their expert.
+        w: Of all experts.
+        n: Number of outputs.
+        runs: (expert, rows) in the order of the rows.
+    """
+    lengths = [rows for _, rows in runs]
+    if w.is_bytes or max(lengths) > most_tokens(w, placed.dtype):
+        parts = zip(placed.split(lengths), runs, strict=True)
+        return torch.cat([multiply(part, w.of(expert), n) for part, (expert, _) in parts])
+    # A product may take less than 100 us, so that all that is the same for every expert is done once.
+    every, codes, unit = _for_nibbles(placed, w)
+    kernel, scales_and_zeros = torch.ops.aten._weight_int4pack_mm_for_cpu.default, w.scales_and_zeros
+    out = torch.cat(
+        [
+            kernel(part, codes.select(0, expert), unit, scales_and_zeros.select(0, expert))
+            for part, (expert, _) in zip(every.split(lengths), runs, strict=True)
+        ]
     )
+    return out if out.shape[1] == n else out[:, :n]
+
+
+def _for_nibbles(placed: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The int4 kernel's activations, codes (of each expert, if ``w`` has many) and rows that share a scale."""
+    placed = placed.to(torch.bfloat16)
+    if w.halves == 2:
+        placed = torch.cat((placed, placed), 1)
+    units, columns, _ = w.scales_and_zeros.shape[-3:]
+    rows = placed.shape[1]
+    return placed, w.codes.view(*w.codes.shape[:-3], columns, rows // 2), rows // units
 
 
 def multiply_bytes(

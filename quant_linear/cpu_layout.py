@@ -44,6 +44,9 @@ class CpuLayout:
     UNITS: ClassVar[tuple[int, ...]]
     """Input rows per scale that the kernel knows, the fastest first."""
 
+    OUTPUTS: ClassVar[Mapping[str, int]]
+    """The dimension of outputs in the tensors that have one."""
+
     def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
         """Repack.
 
@@ -153,6 +156,7 @@ class Int4Layout(CpuLayout):
     block: int
 
     UNITS = (256, 128, 64, 32)
+    OUTPUTS: ClassVar = {"codes": 0, "scales_and_zeros": 1, "scales": 1, "qzeros": 1, "bias": 0}
 
     @property
     def halves(self) -> int:
@@ -222,6 +226,7 @@ class Int8Layout(CpuLayout):
     """
 
     UNITS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
+    OUTPUTS: ClassVar = {"codes": 1, "scales_and_zeros": 2, "scales": 1, "qzeros": 1, "bias": 0}
 
     def rows(self, codes: torch.Tensor) -> int:
         """Places that ``codes`` has."""

@@ -7,11 +7,12 @@ multiplied there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
 
-from graftq.quant_linear.cpu_kernels import multiply
+from graftq.quant_linear.cpu_kernels import multiply, multiply_runs
 from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles_transposed
 
 _WEIGHTS = (
@@ -21,9 +22,10 @@ _WEIGHTS = (
 _LARGEST = torch.iinfo(torch.int32).max
 _library = torch.library.Library("graftq", "FRAGMENT")
 _library.define(f"cpu_linear(Tensor x, {_WEIGHTS}, int out_features) -> Tensor")
-_library.define(f"cpu_linear_input_grad(Tensor grad, {_WEIGHTS}, int in_features) -> Tensor")
-_library.define(f"cpu_experts_linear(Tensor x, Tensor index, {_WEIGHTS}, int out_features) -> Tensor")
-_library.define(f"cpu_experts_linear_input_grad(Tensor grad, Tensor index, {_WEIGHTS}, int in_features) -> Tensor")
+_library.define(f"cpu_linear_input_grad(Tensor grad, {_WEIGHTS}, SymInt[] shape) -> Tensor")
+_ROWS = "Tensor? token, Tensor expert"
+_library.define(f"cpu_experts_linear(Tensor x, {_ROWS}, {_WEIGHTS}, int out_features) -> Tensor")
+_library.define(f"cpu_experts_linear_input_grad(Tensor grad, {_ROWS}, {_WEIGHTS}, SymInt[] shape) -> Tensor")
 
 
 def _linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
@@ -50,10 +52,10 @@ def _placed(x: torch.Tensor, w: Weights) -> torch.Tensor:
 
 
 def _input_grad(grad: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """``grad @ W`` for ``grad`` [M, N]: [M, K], summed in float32. Arguments: :class:`Weights`, then K."""
-    w, k = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
-    assert isinstance(k, int)
-    return _unplaced(multiply_tiles_transposed(grad, w), w.order, k).to(grad.dtype)
+    """``grad @ W`` for ``grad`` [M, N]: [M, K], summed in float32. Arguments: :class:`Weights`, then (M, K)."""
+    w, shape = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(shape, Sequence)
+    return _unplaced(multiply_tiles_transposed(grad, w), w.order, shape[1]).to(grad.dtype)
 
 
 def _unplaced(total: torch.Tensor, order: torch.Tensor | None, k: int) -> torch.Tensor:
@@ -64,99 +66,90 @@ def _unplaced(total: torch.Tensor, order: torch.Tensor | None, k: int) -> torch.
     return total[:, :k]
 
 
-def _runs(chosen: torch.Tensor, experts: int) -> list[tuple[int | None, int, int]]:
-    """(expert, start, stop) of each run of equal values; None for those of other ranks."""
-    runs: list[tuple[int | None, int, int]] = []
-    stop = 0
-    for expert, group in groupby(chosen.tolist()):
-        start, stop = stop, stop + len(list(group))
-        runs.append((expert if expert < experts else None, start, stop))
-    return runs
+def _runs(expert: torch.Tensor, count: int) -> list[tuple[int, int]]:
+    """(expert, rows) of each run of equal values of ``expert`` [S], ascending, but those from ``count`` on."""
+    return [(number, len(list(run))) for number, run in groupby(expert.tolist()) if number < count]
 
 
-def _experts_linear(x: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """Row r of ``x`` [R, K] by the weights of each expert in row r of ``index`` [R, J]: [R, J, N], 0 for sentinels."""
+def _experts_linear(
+    x: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, *arguments: object
+) -> torch.Tensor:
+    """Row ``token[s]`` of ``x`` [R, K] (s, if None) by the weights of ``expert[s]``, ascending: [S, N].
+
+    Zeros for experts that the weights have not: other ranks'. Arguments: :class:`Weights`, then N.
+    """
     w, n = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
     assert isinstance(n, int)
-    rows, slots = index.shape
-    chosen, by_expert = index.flatten().sort(stable=True)
-    known = chosen.clamp(max=len(w.codes) - 1)
-    placed = _placed_by_expert(x, by_expert.div(slots, rounding_mode="floor"), known, w)
-    outputs = [
-        x.new_zeros(stop - start, n) if expert is None else multiply(placed[start:stop], w, n, expert).to(x.dtype)
-        for expert, start, stop in _runs(chosen, len(w.codes))
-    ]
-    out = x.new_empty(rows * slots, n)
-    if outputs:
-        found = torch.cat(outputs)
-        if w.bias is not None:
-            bias = w.bias.index_select(0, known)[:, :n]
-            found = (found + bias).masked_fill((chosen >= len(w.codes))[:, None], 0).to(x.dtype)
-        out.index_copy_(0, by_expert, found)
-    return out.view(rows, slots, n)
+    runs = _runs(expert, len(w.codes))
+    if not runs:
+        return x.new_zeros(len(expert), n)
+    missing = len(expert) - sum(rows for _, rows in runs)
+    if missing:
+        expert = expert[:-missing]
+        token, x = (None, x[:-missing]) if token is None else (token[:-missing], x)
+    out = multiply_runs(_placed_by_expert(x, token, expert, w), w, n, runs)
+    if w.bias is not None:
+        out = out + w.bias.index_select(0, expert)[:, :n]
+    out = out.to(x.dtype)
+    return torch.nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
 
-def _placed_by_expert(x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, w: Weights) -> torch.Tensor:
-    """Rows ``token`` [S] of ``x``, each in the packed order of its ``expert``: [S, rows]."""
+def _placed_by_expert(x: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Rows ``token`` [S] of ``x`` (all, if None), each in the packed order of its ``expert``: [S, rows]."""
     padding = w.rows - x.shape[1]
     if w.order is None:
-        return torch.nn.functional.pad(x, (0, padding)).index_select(0, token)
+        placed = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
+        return placed if token is None else placed.index_select(0, token)
     if padding:
         x = torch.nn.functional.pad(x, (0, 1))
     place = w.order.index_select(0, expert)
     if len(x) > 1:
-        first = token[:, None] * x.shape[1]
-        place = place + (first if x.numel() > _LARGEST else first.to(place.dtype))
-    return x.flatten().index_select(0, place.flatten()).view(len(token), w.rows)
+        token = torch.arange(len(x), device=x.device) if token is None else token
+        first = token * x.shape[1]
+        place = place + (first if x.numel() > _LARGEST else first.to(place.dtype))[:, None]
+    return x.flatten().index_select(0, place.flatten()).view(len(expert), w.rows)
 
 
-def _experts_input_grad(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """To ``x`` of :func:`_experts_linear`, from ``grad`` [R, J, N]: [R, K]. Arguments: :class:`Weights`, then K."""
-    w, k = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
-    assert isinstance(k, int)
-    chosen, by_expert = index.flatten().sort(stable=True)
-    total = grad.new_zeros(len(index), k, dtype=torch.float32)
-    for expert, start, stop in _runs(chosen, len(w.codes)):
-        if expert is not None:
-            slots = by_expert[start:stop]
-            found = multiply_tiles_transposed(grad.flatten(0, 1).index_select(0, slots), w.of(expert))
-            found = _unplaced(found, None if w.order is None else w.order[expert], k)
-            total.index_add_(0, slots.div(index.shape[1], rounding_mode="floor"), found)
+def _experts_input_grad(
+    grad: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, *arguments: object
+) -> torch.Tensor:
+    """To ``x`` of :func:`_experts_linear`, from ``grad`` [S, N]: [R, K]. Arguments: :class:`Weights`, then (R, K)."""
+    w, shape = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    assert isinstance(shape, Sequence)
+    total = grad.new_zeros(shape, dtype=torch.float32)
+    token = torch.arange(len(grad), device=grad.device) if token is None else token
+    start = 0
+    for number, rows in _runs(expert, len(w.codes)):
+        run = slice(start, start + rows)
+        start += rows
+        order = None if w.order is None else w.order[number]
+        found = multiply_tiles_transposed(grad[run], w.of(number))
+        total.index_add_(0, token[run], _unplaced(found, order, shape[1]))
     return total.to(grad.dtype)
 
 
-class CpuLinear(torch.autograd.Function):
-    """``cpu_linear`` with a gradient to the activations; the weights are frozen."""
+def product(name: str, x: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """The operator of this name, differentiable in ``x``."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Product.apply(name, x, *arguments)
+    return getattr(torch.ops.graftq, name)(x, *arguments)
+
+
+class _Product(torch.autograd.Function):
+    """An operator with a gradient to the activations; the weights are frozen."""
 
     @staticmethod
-    def forward(ctx, x, *arguments):
-        """Arguments as for ``cpu_linear``."""
-        ctx.save_for_backward(*arguments[:7])
-        ctx.numbers = (*arguments[7:-1], x.shape[1])
-        return torch.ops.graftq.cpu_linear(x, *arguments)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """To ``x`` alone."""
-        dx = torch.ops.graftq.cpu_linear_input_grad(grad, *ctx.saved_tensors, *ctx.numbers)
-        return (dx, *[None] * 11)
-
-
-class CpuExpertsLinear(torch.autograd.Function):
-    """``cpu_experts_linear`` with a gradient to the activations; the weights are frozen."""
-
-    @staticmethod
-    def forward(ctx, x, *arguments):
-        """Arguments as for ``cpu_experts_linear``."""
-        ctx.save_for_backward(*arguments[:8])
-        ctx.numbers = (*arguments[8:-1], x.shape[1])
-        return torch.ops.graftq.cpu_experts_linear(x, *arguments)
+    def forward(ctx, name, x, *arguments):
+        """The operator's name and arguments, which end in bits, sym, zero_offset and out_features."""
+        ctx.save_for_backward(*arguments[:-4])
+        ctx.name, ctx.numbers, ctx.count = name, (*arguments[-4:-1], x.shape), len(arguments)
+        return getattr(torch.ops.graftq, name)(x, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
         """To ``x`` alone."""
-        dx = torch.ops.graftq.cpu_experts_linear_input_grad(grad, *ctx.saved_tensors, *ctx.numbers)
-        return (dx, *[None] * 12)
+        dx = getattr(torch.ops.graftq, f"{ctx.name}_input_grad")(grad, *ctx.saved_tensors, *ctx.numbers)
+        return None, dx, *[None] * ctx.count
 
 
 _library.impl("cpu_linear", _linear, "CompositeExplicitAutograd")
@@ -166,16 +159,16 @@ _library.impl("cpu_experts_linear_input_grad", _experts_input_grad, "CompositeEx
 
 
 @torch.library.register_fake("graftq::cpu_linear", lib=_library)
-@torch.library.register_fake("graftq::cpu_linear_input_grad", lib=_library)
 def _(x: torch.Tensor, *arguments: object) -> torch.Tensor:
     return x.new_empty(x.shape[0], arguments[-1])  # type: ignore[call-overload]
 
 
 @torch.library.register_fake("graftq::cpu_experts_linear", lib=_library)
-def _(x: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
-    return x.new_empty(*index.shape, arguments[-1])  # type: ignore[call-overload]
+def _(x: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return x.new_empty(expert.shape[0], arguments[-1])  # type: ignore[call-overload]
 
 
+@torch.library.register_fake("graftq::cpu_linear_input_grad", lib=_library)
 @torch.library.register_fake("graftq::cpu_experts_linear_input_grad", lib=_library)
-def _(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
-    return grad.new_empty(grad.shape[0], arguments[-1])  # type: ignore[call-overload]
+def _(grad: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return grad.new_empty(arguments[-1])  # type: ignore[call-overload]

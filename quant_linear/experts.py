@@ -114,7 +114,7 @@ class QuantExperts(nn.Module):
 
         Args:
             hidden_states: [tokens, hidden].
-            top_k_index: Integers [tokens, top_k]; values >= num_experts (another rank's experts) add nothing.
+            top_k_index: Integers [tokens, top_k]; values not in 0 to num_experts - 1 (another rank's) add nothing.
             top_k_weights: [tokens, top_k].
 
         Returns:

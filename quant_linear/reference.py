@@ -64,7 +64,7 @@ class TorchExperts:
         """Shapes as in :meth:`QuantExperts.forward`. Waits for the device, to learn which experts have tokens."""
         total = torch.zeros_like(x, dtype=torch.float32)
         for index in torch.unique(top_k_index).tolist():
-            if index < module.num_experts:
+            if 0 <= index < module.num_experts:
                 token, slot = torch.where(top_k_index == index)
                 output = _run_expert(module, index, x[token]) * top_k_weights[token, slot, None]
                 total.index_add_(0, token, output.to(torch.float32))

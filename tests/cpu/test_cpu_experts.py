@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from support.experts import ORDERS, STYLES, Experts, build, expected, routing
-from support.projections import relative_error
+from support.projections import Shape, relative_error
 
 from graftq.plugin.manager import choose_experts_kernel
 from graftq.quant_linear import cpu_kernels
 from graftq.quant_linear.cpu_experts import CpuExperts
 from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.reference import TorchExperts
-from graftq.quant_linear.selection import ExpertsRequest, Rejected
+from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Rejected
+
+JOINED = {
+    "act-order": Experts(inner=64),
+    "act-order in some, 8 bits": Experts(inner=64, bits=8, sym=False, group=16, order="some"),
+    "no act-order, biases": Experts(inner=128, bits=3, order="none", bias=True, layer_bias=True),
+    "interleaved": Experts(inner=64, concatenated=False, activation="swiglu_oai", layer_bias=True),
+}
+"""Experts whose gate and up are one projection: their outputs fill whole blocks."""
 
 CASES = [
     *(Experts(order=order) for order in ORDERS),
@@ -24,6 +34,7 @@ CASES = [
     Experts(bits=3, group=-1, order="none"),
     Experts(bits=8, sym=False, group=16, order="some"),
     Experts(bits=2, hidden=72, inner=40, zero_offset=0, scales=torch.bfloat16),
+    *JOINED.values(),
 ]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -32,6 +43,16 @@ def run(module: QuantExperts, tokens: int, top_k: int, dtype: torch.dtype, hidde
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     index, weights = routing(tokens, top_k, module.num_experts)
     return x, index, weights.to(dtype)
+
+
+def assert_restored(module: QuantExperts, stored: list[dict[str, tuple[Shape, GptqTensors]]]) -> None:
+    for expert, projections in enumerate(stored):
+        for name, (_, tensors) in projections.items():
+            found = module.checkpoint_tensors(name, expert)
+            for suffix, tensor in vars(tensors).items():
+                other = getattr(found, suffix)
+                assert (tensor is None and other is None) or (tensor.dtype == other.dtype and tensor.equal(other))
+                assert other is None or other.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -45,16 +66,16 @@ def test_product(case: Experts, dtype: torch.dtype) -> None:
         assert relative_error(out, expected(case, *arguments, module)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_eight_bits_kept_as_bytes(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bits_kept_as_bytes(order: str, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_LEAST_BYTES", {})
-    case = Experts(bits=8, sym=False, group=16, order=order, bias=True)
+    case = Experts(bits=8, inner=inner, sym=False, group=16, order=order, bias=True)
     for dtype, tolerance in TOLERANCE.items():
         module = case.module(CpuExperts(), dtype=dtype)
         arguments = run(module, 9, 3, dtype, case.hidden)
         assert relative_error(module(*arguments), expected(case, *arguments, module)) < tolerance
-    stored = case.tensors()[1]["down_proj"][1]
-    assert module.checkpoint_tensors("down_proj", 1).qweight.equal(stored.qweight)
+    assert_restored(module, case.tensors())
 
 
 def test_many_tokens_of_few_experts() -> None:
@@ -65,12 +86,14 @@ def test_many_tokens_of_few_experts() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
-def test_experts_of_other_ranks_add_nothing(tokens: int) -> None:
+@pytest.mark.parametrize("provider", [CpuExperts(), TorchExperts()], ids=["cpu", "torch"])
+def test_experts_of_other_ranks_add_nothing(provider: ExpertsProvider, tokens: int) -> None:
     case = Experts(layer_bias=True)
-    module = case.module(CpuExperts())
+    module = case.module(provider)
     x, index, weights = run(module, tokens, 2, torch.float32, case.hidden)
     index[::2, 0] = case.count
     index[1::3, 1] = case.count + 5
+    index[2::4, 1] = -1
     out = module(x, index, weights)
     assert out.shape == x.shape
     if tokens:
@@ -83,11 +106,49 @@ def test_checkpoint_tensors_come_back(case: Experts) -> None:
     module = build(case, case.tensors(), CpuExperts(), "cpu", torch.bfloat16)
     module.bind("cpu", torch.bfloat16)
     assert not list(module.children()) or case.norm
-    for expert, projections in enumerate(stored):
-        for name, (_, tensors) in projections.items():
-            for suffix, tensor in vars(tensors).items():
-                found = getattr(module.checkpoint_tensors(name, expert), suffix)
-                assert (tensor is None and found is None) or (tensor.dtype == found.dtype and tensor.equal(found))
+    assert_restored(module, stored)
+
+
+def gate_changed(case: Experts, **changes: Any) -> list[dict[str, tuple[Shape, GptqTensors]]]:
+    """Tensors of which one expert's gate is like no other projection."""
+    tensors = case.tensors()
+    shape, gate = tensors[1]["gate_proj"]
+    tensors[1]["gate_proj"] = (shape, replace(gate, **changes))
+    return tensors
+
+
+@pytest.mark.parametrize("case", JOINED.values(), ids=JOINED.keys())
+def test_gate_and_up_that_are_alike_are_one_projection(case: Experts) -> None:
+    module = case.module(CpuExperts())
+    module.bind("cpu", torch.float32)
+    assert module.tensors["packed_gate_up_proj_scales"].shape[-1] == 2 * case.inner
+    assert not any(name.startswith(("packed_gate_proj", "packed_up_proj")) for name in module.packed())
+
+
+APART = {
+    "act-order of their own": Experts(inner=64, order="apart").tensors(),
+    "act-order of one expert": gate_changed(Experts(inner=64), g_idx=torch.arange(64, dtype=torch.int32) // 32),
+    "outputs that fill no block": Experts(inner=48).tensors(),
+}
+
+
+@pytest.mark.parametrize("tensors", APART.values(), ids=APART.keys())
+def test_gate_and_up_that_differ_stay_apart(tensors: list[dict[str, tuple[Shape, GptqTensors]]]) -> None:
+    module = build(Experts(), tensors, CpuExperts(), "cpu", torch.float32)
+    stored = [dict(projections) for projections in tensors]
+    module.bind("cpu", torch.float32)
+    assert {"packed_gate_proj_codes", "packed_up_proj_codes"} <= module.packed().keys()
+    assert_restored(module, stored)
+
+
+def test_joined_tensors_keep_dtypes_of_their_own() -> None:
+    case = Experts(inner=64)
+    gate = case.tensors()[1]["gate_proj"][1]
+    changes = {"scales": gate.scales.float() / 3, "g_idx": gate.g_idx.long()}
+    module = build(case, gate_changed(case, **changes), CpuExperts(), "cpu", torch.float32)
+    module.bind("cpu", torch.float32)
+    assert "packed_gate_up_proj_codes" in module.packed()
+    assert_restored(module, gate_changed(case, **changes))
 
 
 def test_uneven_groups_and_dtypes_of_their_own() -> None:
@@ -108,8 +169,9 @@ def test_uneven_groups_and_dtypes_of_their_own() -> None:
     assert found.qweight.equal(reference[1]["gate_proj"][1].qweight)
 
 
-def test_gradient() -> None:
-    case = Experts(layer_bias=True, sym=False)
+@pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
+def test_gradient(inner: int) -> None:
+    case = Experts(inner=inner, layer_bias=True, sym=False)
     module = case.module(CpuExperts())
     x, index, weights = run(module, 7, 2, torch.float32, case.hidden)
     index[0, 0] = case.count
@@ -124,8 +186,9 @@ def test_gradient() -> None:
         assert relative_error(mine, theirs) < 1e-5
 
 
-def test_compiles_into_one_graph() -> None:
-    case = Experts(layer_bias=True)
+@pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
+def test_compiles_into_one_graph(inner: int) -> None:
+    case = Experts(inner=inner, layer_bias=True)
     module = case.module(CpuExperts())
     arguments = run(module, 3, 2, torch.float32, case.hidden)
     wanted = module(*arguments)
