@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional
 
 from graftq.quant_linear.activations import Activation
-from graftq.quant_linear.cpu_experts import CpuExperts
-from graftq.quant_linear.cpu_provider import CpuProvider
+from graftq.quant_linear.cpu.experts import CpuExperts
+from graftq.quant_linear.cpu.provider import CpuProvider
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear

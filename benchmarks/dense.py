@@ -16,9 +16,9 @@ from harness import COLD_BYTES, CallFor, calls_for, replayed, report_device, rep
 from random_weights import Weights, spec_of
 from tables import Row, parser_for, publish, recorded
 
+from graftq.quant_linear.gpu.provider import TritonProvider
+from graftq.quant_linear.gpu.workspace import forget_graphs
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.triton_provider import TritonProvider
-from graftq.quant_linear.workspace import forget_graphs
 
 SHAPES = {f"{k}x{n}": (k, n) for k, n in ((4096, 28672), (8192, 8192), (14336, 4096), (4096, 6144), (4096, 4096))}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

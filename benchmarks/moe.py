@@ -21,12 +21,12 @@ from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tables import Row, parser_for, publish, recorded
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.gpu.experts import TritonExperts
+from graftq.quant_linear.gpu.workspace import forget_graphs
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.reference import TorchProvider
 from graftq.quant_linear.selection import Selection
-from graftq.quant_linear.triton_experts import TritonExperts
-from graftq.quant_linear.workspace import forget_graphs
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 

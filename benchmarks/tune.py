@@ -26,9 +26,9 @@ from random_weights import DEVICE
 from tables import write_csv
 from tune_cases import DENSE, EXPERTS, TINY_CASES, Case, Run, Tiles
 
-from graftq.quant_linear.devices import device_of
-from graftq.quant_linear.tiles import Tile
-from graftq.quant_linear.workspace import forget_graphs
+from graftq.quant_linear.gpu.devices import device_of
+from graftq.quant_linear.gpu.tiles import Tile
+from graftq.quant_linear.gpu.workspace import forget_graphs
 
 Job = tuple[Case, Tiles]
 

@@ -15,10 +15,11 @@ from moe import LAYERS, MAIN, TINY, Layer, bytes_per_expert, random_experts, ran
 from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tune_recipes import fitted, recipes
 
-from graftq.quant_linear import experts_launches, experts_ops, tiled_product
-from graftq.quant_linear.experts_tiles import choose_matrix, choose_tokens, choose_vector, slots_per_expert
-from graftq.quant_linear.tiles import Device, Tile, choose
-from graftq.quant_linear.triton_provider import TritonProvider
+from graftq.quant_linear.gpu import experts_launches, experts_ops
+from graftq.quant_linear.gpu import product as tiled_product
+from graftq.quant_linear.gpu.experts_tiles import choose_matrix, choose_tokens, choose_vector, slots_per_expert
+from graftq.quant_linear.gpu.provider import TritonProvider
+from graftq.quant_linear.gpu.tiles import Device, Tile, choose
 
 Tiles = tuple[Tile, ...]
 """One for each product."""

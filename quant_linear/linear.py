@@ -14,7 +14,7 @@ from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from graftq.quant_linear.joint import Joint
+    from graftq.quant_linear.gpu.joint import Joint
 
 Choose = Callable[[Request], Selection[KernelProvider]]
 """How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from graftq.quant_linear.experts import QuantExpert
-from graftq.quant_linear.joint import join
+from graftq.quant_linear.gpu.joint import join
 from graftq.quant_linear.linear import QuantLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -13,7 +13,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def join_siblings(model: nn.Module) -> None:
-    """Multiply siblings in one where they allow it; see :func:`~graftq.quant_linear.joint.join`."""
+    """Multiply siblings in one where they allow it; see :func:`~graftq.quant_linear.gpu.joint.join`."""
     for module in model.modules():
         if isinstance(module, QuantExpert):  # a kernel for all experts at once would have to take them apart again
             continue

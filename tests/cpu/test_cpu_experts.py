@@ -11,8 +11,8 @@ from support.experts import ORDERS, STYLES, Experts, build, expected, routing
 from support.projections import Shape, relative_error
 
 from graftq.plugin.manager import choose_experts_kernel
-from graftq.quant_linear import cpu_kernels
-from graftq.quant_linear.cpu_experts import CpuExperts
+from graftq.quant_linear.cpu import kernels as cpu_kernels
+from graftq.quant_linear.cpu.experts import CpuExperts
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.reference import TorchExperts

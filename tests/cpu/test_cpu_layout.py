@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.projections import Shape, make
 
-from graftq.quant_linear import cpu_layout
-from graftq.quant_linear.cpu_layout import CpuLayout, Int4Layout, Int8Layout
+from graftq.quant_linear.cpu import layout as cpu_layout
+from graftq.quant_linear.cpu.layout import CpuLayout, Int4Layout, Int8Layout
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.spec import QuantSpec
 

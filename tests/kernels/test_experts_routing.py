@@ -10,7 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 
 def route(index: torch.Tensor, experts: int, tokens: int) -> list[tuple[int, list[int]]]:
     """Expert and slots of each tile that has any."""
-    from graftq.quant_linear.experts_launches import Kind, Preparation, Rows, Stack
+    from graftq.quant_linear.gpu.experts_launches import Kind, Preparation, Rows, Stack
 
     codes = torch.empty(experts, 2, 1, 0, dtype=torch.int16, device=index.device)
     x = torch.empty(len(index), 16, dtype=torch.float16, device=index.device)

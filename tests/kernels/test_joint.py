@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.projections import Shape, expected, make, relative_error
 
-from graftq.quant_linear.joint import join
+from graftq.quant_linear.gpu.joint import join
+from graftq.quant_linear.gpu.provider import TritonProvider
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.selection import Selection
-from graftq.quant_linear.triton_provider import TritonProvider
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
@@ -91,7 +91,7 @@ def test_different_inputs_part_them(device: str, caplog: pytest.LogCaptureFixtur
     with torch.no_grad(), caplog.at_level("DEBUG", "graftq"):
         check(layers, stored, x, y, y)
         assert not multiplies_in_one(layers)
-        assert [record.name for record in caplog.records] == ["graftq.quant_linear.joint"]
+        assert [record.name for record in caplog.records] == ["graftq.quant_linear.gpu.joint"]
         check(layers, stored, x)
 
 

@@ -10,9 +10,9 @@ import torch
 from support.experts import ORDERS, Experts, build
 from support.projections import Shape
 
+from graftq.quant_linear.gpu.experts_layout import TiledExpertsLayout
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.reference import TorchExperts
-from graftq.quant_linear.tiled_experts_layout import TiledExpertsLayout
 
 Made = list[dict[str, tuple[Shape, GptqTensors]]]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.projections import Shape, make
 
+from graftq.quant_linear.gpu.layout import NO_ROW, TiledLayout
 from graftq.quant_linear.layouts import GptqTensors
-from graftq.quant_linear.tiled_layout import NO_ROW, TiledLayout
 
 
 def assert_same(restored: GptqTensors, stored: GptqTensors) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.projections import Shape, expected, make, relative_error
 
+from graftq.quant_linear.gpu.provider import TritonProvider
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.triton_provider import TritonProvider
 
 # Triton's interpreter turns one-element arrays into numbers, which numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")

@@ -11,12 +11,12 @@ import torch
 from graftq.plugin import manager
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.gpu.layout import TiledLayout
 from graftq.quant_linear.layouts import GptqTensors, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.reference import TorchExperts, TorchProvider
 from graftq.quant_linear.selection import Accepted, ExpertsRequest, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import TiledLayout
 
 
 @dataclass(frozen=True)

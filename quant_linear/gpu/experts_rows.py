@@ -1,6 +1,6 @@
 """Which row of the experts' two stacks holds which stored column of which projection; no weights, just numbers.
 
-The two forms are those of ``tiled_experts_layout``. The columns of the first stack are the activation's inputs
+The two forms are those of ``experts_layout``. The columns of the first stack are the activation's inputs
 (``[gate; up]``, or interleaved), then those that the writer padded; of ``down_proj``, or of a stack of one, as stored.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.tiled_layout import NO_ROW, PADDED_N, Plan
+from graftq.quant_linear.gpu.layout import NO_ROW, PADDED_N, Plan
 
 HALF_FRAGMENT = 8
 """Rows of gate, then of up, that alternate in the fused form."""

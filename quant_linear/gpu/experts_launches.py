@@ -11,15 +11,21 @@ from typing import NamedTuple
 import torch
 
 from graftq.quant_linear.activations import Activation
-from graftq.quant_linear.devices import device_of, program_for
-from graftq.quant_linear.experts_tiles import choose_matrix, choose_sweep, choose_tokens, slots_per_expert, tiles_bound
+from graftq.quant_linear.gpu.devices import device_of, program_for
+from graftq.quant_linear.gpu.experts_tiles import (
+    choose_matrix,
+    choose_sweep,
+    choose_tokens,
+    slots_per_expert,
+    tiles_bound,
+)
+from graftq.quant_linear.gpu.layout import TiledLayout
+from graftq.quant_linear.gpu.tiles import Tile
+from graftq.quant_linear.gpu.workspace import counters
 from graftq.quant_linear.kernels.experts_gemm import experts_matrix_kernel
 from graftq.quant_linear.kernels.experts_prepare import prepare_kernel
 from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import TiledLayout
-from graftq.quant_linear.tiles import Tile
-from graftq.quant_linear.workspace import counters
 
 
 class Stack(NamedTuple):

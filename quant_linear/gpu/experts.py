@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from graftq.quant_linear.dispatch import is_unwatched
 from graftq.quant_linear.experts import QuantExperts
-from graftq.quant_linear.experts_rows import HALF_FRAGMENT, StackRows
 from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.gpu.dispatch import is_unwatched
+from graftq.quant_linear.gpu.experts_layout import PREFIX, TiledExpertsLayout
+from graftq.quant_linear.gpu.experts_rows import HALF_FRAGMENT, StackRows
+from graftq.quant_linear.gpu.support import judge_triton, start_triton
 from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
-from graftq.quant_linear.tiled_experts_layout import PREFIX, TiledExpertsLayout
-from graftq.quant_linear.triton_support import judge_triton, start_triton
 
 
 class TritonExperts:
@@ -32,7 +32,7 @@ class TritonExperts:
 
     def layout(self, spec: ExpertsSpec) -> TiledExpertsLayout:
         """Two stacks of tiles."""
-        import graftq.quant_linear.experts_product  # noqa: F401 - whoever packs will multiply
+        import graftq.quant_linear.gpu.experts_product  # noqa: F401 - whoever packs will multiply
 
         start_triton()
         return TiledExpertsLayout(spec)
@@ -60,7 +60,7 @@ class TritonExperts:
 
 @cache
 def _ops() -> Any:
-    from graftq.quant_linear import experts_ops  # not at the top, where triton may be absent
+    from graftq.quant_linear.gpu import experts_ops  # not at the top, where triton may be absent
 
     return experts_ops
 
@@ -112,8 +112,8 @@ def _step_by_step(
     module: QuantExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Arguments, down: Arguments
 ) -> torch.Tensor:
     """Bare products, and torch in between."""
-    from graftq.quant_linear.experts_launches import Stack  # not at the top, where triton may be absent
-    from graftq.quant_linear.experts_product import TiledProduct
+    from graftq.quant_linear.gpu.experts_launches import Stack  # not at the top, where triton may be absent
+    from graftq.quant_linear.gpu.experts_product import TiledProduct
 
     spec, places = module.spec, StackRows(module.spec)
     first, second = Stack(*up), Stack(*down)  # type: ignore[arg-type]

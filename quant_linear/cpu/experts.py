@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 
-from graftq.quant_linear.cpu_layout import CpuLayout
-from graftq.quant_linear.cpu_ops import product
-from graftq.quant_linear.cpu_support import judge_cpu, layout_of, weights_of
-from graftq.quant_linear.cpu_tiles import Weights
+from graftq.quant_linear.cpu.layout import CpuLayout
+from graftq.quant_linear.cpu.ops import product
+from graftq.quant_linear.cpu.support import judge_cpu, layout_of, weights_of
+from graftq.quant_linear.cpu.tiles import Weights
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.layouts import GptqTensors

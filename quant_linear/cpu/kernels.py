@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from graftq.quant_linear.cpu_layout import Int8Layout
-from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles
+from graftq.quant_linear.cpu.layout import Int8Layout
+from graftq.quant_linear.cpu.tiles import Weights, multiply_tiles
 from graftq.quant_linear.spec import QuantSpec
 
 _FEW_TOKENS = {

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from graftq.quant_linear.cpu_places import Places, places_of, stored_rows, unit_of
+from graftq.quant_linear.cpu.places import Places, places_of, stored_rows, unit_of
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, unpack_codes, zero_points
 from graftq.quant_linear.spec import QuantSpec

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from graftq.quant_linear.cpu_kernels import int4_block, takes_bytes
-from graftq.quant_linear.cpu_layout import CpuLayout, Int4Layout, Int8Layout
-from graftq.quant_linear.cpu_tiles import Weights
+from graftq.quant_linear.cpu.kernels import int4_block, takes_bytes
+from graftq.quant_linear.cpu.layout import CpuLayout, Int4Layout, Int8Layout
+from graftq.quant_linear.cpu.tiles import Weights
 from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 

@@ -12,8 +12,8 @@ from itertools import groupby
 
 import torch
 
-from graftq.quant_linear.cpu_kernels import multiply, multiply_runs
-from graftq.quant_linear.cpu_tiles import Weights, multiply_tiles_transposed
+from graftq.quant_linear.cpu.kernels import multiply, multiply_runs
+from graftq.quant_linear.cpu.tiles import Weights, multiply_tiles_transposed
 
 _WEIGHTS = (
     "Tensor codes, Tensor scales_and_zeros, Tensor groups, Tensor scales, Tensor qzeros, Tensor? order, Tensor? bias, "

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from graftq.quant_linear.devices import program_for
+from graftq.quant_linear.gpu.devices import program_for
+from graftq.quant_linear.gpu.layout import TILE_N, TiledLayout
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import TILE_N, TiledLayout
 
 WORKSPACE_BYTES = 128 * 2**20
 """Most memory that dequantised weights take at a time, unless one tile of 64 output rows needs more."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from graftq.quant_linear.tiles import Device, Tile, filled, tile_splits
+from graftq.quant_linear.gpu.tiles import Device, Tile, filled, tile_splits
 
 TOKENS_AT_ONCE = 4096
 """Most tokens that go through a layer together: bounds what lies between its products."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from graftq.quant_linear.dispatch import on_its_device
-from graftq.quant_linear.plain_weights import Weights, plain_runs
+from graftq.quant_linear.gpu.dispatch import on_its_device
+from graftq.quant_linear.gpu.plain_weights import Weights, plain_runs
+from graftq.quant_linear.gpu.product import product_for
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_product import product_for
 
 _WEIGHTS = "Tensor codes, Tensor? high, Tensor scales, Tensor? qzeros, Tensor? order, Tensor? bias, str signature"
 _library = torch.library.Library("graftq", "FRAGMENT")

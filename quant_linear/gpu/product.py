@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from graftq.quant_linear.devices import device_of, program_for, row_stride
+from graftq.quant_linear.gpu.devices import device_of, program_for, row_stride
+from graftq.quant_linear.gpu.layout import TiledLayout
+from graftq.quant_linear.gpu.plain_weights import Weights, plain_runs
+from graftq.quant_linear.gpu.tiles import Tile, choose
+from graftq.quant_linear.gpu.workspace import counters
 from graftq.quant_linear.kernels.gather import gather_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
 from graftq.quant_linear.kernels.launch import Launch
-from graftq.quant_linear.plain_weights import Weights, plain_runs
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import TiledLayout
-from graftq.quant_linear.tiles import Tile, choose
-from graftq.quant_linear.workspace import counters
 
 
 class Given(NamedTuple):

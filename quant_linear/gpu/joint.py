@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from graftq.quant_linear.dispatch import is_unwatched
+from graftq.quant_linear.gpu.dispatch import is_unwatched
+from graftq.quant_linear.gpu.layout import PADDED_N, TiledLayout
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.tiled_layout import PADDED_N, TiledLayout
 
 logger = logging.getLogger(__name__)
 

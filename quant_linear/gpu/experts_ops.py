@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from graftq.quant_linear.devices import device_of
-from graftq.quant_linear.dispatch import on_its_device
-from graftq.quant_linear.experts_launches import (
+from graftq.quant_linear.experts_spec import ExpertsForm
+from graftq.quant_linear.gpu.devices import device_of
+from graftq.quant_linear.gpu.dispatch import on_its_device
+from graftq.quant_linear.gpu.experts_launches import (
     Kind,
     MatrixProduct,
     Preparation,
@@ -31,12 +32,11 @@ from graftq.quant_linear.experts_launches import (
     formula_constants,
     matrix_tile,
 )
-from graftq.quant_linear.experts_spec import ExpertsForm
-from graftq.quant_linear.experts_tiles import TOKENS_AT_ONCE, choose_tokens, choose_vector, has_vector_form
+from graftq.quant_linear.gpu.experts_tiles import TOKENS_AT_ONCE, choose_tokens, choose_vector, has_vector_form
+from graftq.quant_linear.gpu.layout import TiledLayout
 from graftq.quant_linear.kernels.experts_gemv import down_vector_kernel, up_vector_kernel
 from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
 from graftq.quant_linear.kernels.launch import Launch
-from graftq.quant_linear.tiled_layout import TiledLayout
 
 
 def stack_schema(prefix: str) -> str:

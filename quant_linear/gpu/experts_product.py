@@ -7,11 +7,11 @@ from functools import lru_cache
 
 import torch
 
-from graftq.quant_linear.devices import device_of
-from graftq.quant_linear.dispatch import on_its_device
-from graftq.quant_linear.experts_launches import Kind, MatrixProduct, Preparation, Rows, Stack, matrix_tile
-from graftq.quant_linear.experts_ops import rows_of, stack_schema
-from graftq.quant_linear.experts_tiles import choose_tokens
+from graftq.quant_linear.gpu.devices import device_of
+from graftq.quant_linear.gpu.dispatch import on_its_device
+from graftq.quant_linear.gpu.experts_launches import Kind, MatrixProduct, Preparation, Rows, Stack, matrix_tile
+from graftq.quant_linear.gpu.experts_ops import rows_of, stack_schema
+from graftq.quant_linear.gpu.experts_tiles import choose_tokens
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec

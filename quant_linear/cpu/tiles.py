@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from graftq.quant_linear.cpu_layout import bytes_of
+from graftq.quant_linear.cpu.layout import bytes_of
 from graftq.quant_linear.packing import unpack_codes
 
 TILE_BYTES = 2 * 2**20

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from graftq.quant_linear.gpu.workspace import reserve
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.workspace import reserve
 
 TILE_N = 64
 """Output rows of an atom."""

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 
+from graftq.quant_linear.gpu.tiles import Device
 from graftq.quant_linear.kernels.unpack import unpack_program
-from graftq.quant_linear.tiles import Device
 
 
 @lru_cache(maxsize=64)

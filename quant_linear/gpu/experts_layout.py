@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from graftq.quant_linear.experts_kept import keep, kept_of
-from graftq.quant_linear.experts_rows import StackRows
 from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.gpu.experts_kept import keep, kept_of
+from graftq.quant_linear.gpu.experts_rows import StackRows
+from graftq.quant_linear.gpu.layout import CHUNK_TILES, TILE_N, Plan, TiledLayout
+from graftq.quant_linear.gpu.workspace import reserve
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.spec import QuantSpec
-from graftq.quant_linear.tiled_layout import CHUNK_TILES, TILE_N, Plan, TiledLayout
-from graftq.quant_linear.workspace import reserve
 
 PREFIX = "tiled_"
 """What the names of all packed tensors begin with; an experts module has names of its own."""
