@@ -25,6 +25,7 @@ _GATE_UP, _JOINED = ("gate_proj", "up_proj"), "gate_up_proj"
 _WHOLE = 64  # gate and up are joined where their outputs are a multiple: no padding between them, in any layout
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _KEPT = ("scales", "bias", "g_idx")  # tensors that keep the dtype they are stored in
+_FREE = ("desc_act", "sym", "signature")  # what experts may differ in
 
 
 @dataclass(frozen=True)
@@ -183,15 +184,15 @@ class CpuExperts:
         """Shapes as in :meth:`QuantExperts.forward`; differentiable in ``x`` and the weights."""
         layout, packed = module.layout, module.tensors
         assert isinstance(layout, StackedLayout)
+        index = top_k_index.flatten()
+        expert, slot = index.masked_fill(index < 0, module.num_experts).sort(stable=True)
+        token = slot.div(top_k_index.shape[1], rounding_mode="floor")
+        known = expert.clamp(max=module.num_experts - 1)
 
         def multiply(rows: torch.Tensor, token: torch.Tensor | None, stack: str) -> torch.Tensor:
             weights, outputs = layout.weights(packed, stack)
             return product("cpu_experts_linear", rows, token, expert, *weights, outputs)
 
-        index = top_k_index.flatten()
-        expert, slot = index.masked_fill(index < 0, module.num_experts).sort(stable=True)
-        token = slot.div(top_k_index.shape[1], rounding_mode="floor")
-        known = expert.clamp(max=module.num_experts - 1)
         names = (_JOINED,) if layout.is_joined(packed) else module.spec.names[:-1]
         ups = [multiply(x, token, name) for name in names]
         hidden = ups[0] if len(ups) == 1 else torch.cat(ups, dim=-1)
@@ -207,7 +208,3 @@ class CpuExperts:
         weights = top_k_weights.flatten().index_select(0, slot).float().masked_fill(expert >= module.num_experts, 0)
         total = torch.zeros_like(x, dtype=torch.float32)
         return total.index_add_(0, token, output.float() * weights[:, None]).to(x.dtype)
-
-
-_FREE = ("desc_act", "sym", "signature")
-"""What experts may differ in."""
