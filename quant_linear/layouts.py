@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,20 @@ class GptqTensors:
     scales: torch.Tensor
     g_idx: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+
+
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
+"""What the numbers of :func:`stored_dtypes` stand for."""
+
+KEPT = ("scales", "bias", "g_idx")
+"""Tensors that are restored in the dtype in which they are stored, whatever a layout keeps them in."""
+
+
+def stored_dtypes(stored: Iterable[GptqTensors]) -> torch.Tensor:
+    """The dtypes of each projection's :data:`KEPT`, as numbers: int8 [projections, 3] on the CPU, -1 for none."""
+    tensors = [[getattr(each, name) for name in KEPT] for each in stored]
+    codes = [[-1 if tensor is None else STORED_DTYPES.index(tensor.dtype) for tensor in each] for each in tensors]
+    return torch.tensor(codes, dtype=torch.int8, device="cpu")
 
 
 class Layout(Protocol):

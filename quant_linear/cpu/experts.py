@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 
@@ -14,7 +14,7 @@ from graftq.quant_linear.cpu.support import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.cpu.tiles import Weights
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import KEPT, STORED_DTYPES, GptqTensors, stored_dtypes
 from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
@@ -23,8 +23,6 @@ PREFIX = "packed_"
 
 _GATE_UP, _JOINED = ("gate_proj", "up_proj"), "gate_up_proj"
 _WHOLE = 64  # gate and up are joined where their outputs are a multiple: no padding between them, in any layout
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
-_KEPT = ("scales", "bias", "g_idx")  # tensors that keep the dtype they are stored in
 _FREE = ("desc_act", "sym", "signature")  # what experts may differ in
 
 
@@ -47,7 +45,7 @@ class StackedLayout:
         stored: dict[str, list[GptqTensors]] = {}
         for name in self.spec.names:
             stored[name] = [take(name, expert) for expert in range(self.spec.num_experts)]
-            dtypes.append(_stored_dtypes(stored[name]))
+            dtypes.append(stored_dtypes(stored[name]))
             if name == "gate_proj":
                 continue  # until up_proj is there, too
             products = [tuple(stored)] if self._can_join(stored) else [(each,) for each in stored]
@@ -68,10 +66,10 @@ class StackedLayout:
                 if suffix in own:
                     own[suffix] = own[suffix].chunk(2, dim)[_GATE_UP.index(name)].contiguous()
         dtypes = packed[f"{PREFIX}dtypes"][expert, self.spec.names.index(name)].tolist()
-        for suffix, dtype in zip(_KEPT, dtypes, strict=True):
+        for suffix, dtype in zip(KEPT, dtypes, strict=True):
             kept = own.pop(suffix, None)
             if kept is not None and dtype >= 0:
-                own[suffix] = kept.to(_DTYPES[dtype])
+                own[suffix] = kept.to(STORED_DTYPES[dtype])
         return layout.unpack(own)
 
     def is_joined(self, packed: Mapping[str, torch.Tensor | None]) -> bool:
@@ -120,7 +118,7 @@ def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> 
     places = [layout.places(tensors.g_idx, unit, device) for layout, tensors in zip(layouts, first, strict=True)]
     rows = max(place.rows for place in places)
     moved = any(place.order is not None for place in places)
-    dtypes = {suffix: _common([tensors for part in parts for tensors in part], suffix) for suffix in _KEPT}
+    dtypes = {suffix: _common([tensors for part in parts for tensors in part], suffix) for suffix in KEPT}
     stacks: dict[str, torch.Tensor] = {}
     for expert, layout in enumerate(layouts):
         for number, part in enumerate(parts):
@@ -139,20 +137,10 @@ def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> 
     return stacks
 
 
-def _stored_dtypes(stored: Sequence[GptqTensors]) -> torch.Tensor:
-    """One projection's part of ``packed_dtypes``: [E, 3]."""
-    kept = [[getattr(tensors, suffix) for suffix in _KEPT] for tensors in stored]
-    codes = [[-1 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in each] for each in kept]
-    return torch.tensor(codes, dtype=torch.int8, device="cpu")
-
-
 def _common(stored: Sequence[GptqTensors], suffix: str) -> torch.dtype | None:
     """A dtype that holds every expert's, should they differ."""
     dtypes = [tensor.dtype for tensors in stored if (tensor := getattr(tensors, suffix)) is not None]
-    found = dtypes[0] if dtypes else None
-    for dtype in dtypes:
-        found = torch.promote_types(found, dtype) if found is not None else dtype
-    return found
+    return reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 class CpuExperts:

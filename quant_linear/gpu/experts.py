@@ -95,7 +95,7 @@ _UP, _DOWN = (
     tuple(f"{PREFIX}{stack}_{name}" for name in ("codes", "high", "scales", "zeros", "order", "bias", "columns"))
     for stack in ("up", "down")
 )
-_IS_FUSED = f"{PREFIX}up_columns"
+_IS_FUSED = _UP[-1]
 
 
 def _stack(

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.layouts import GptqTensors
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
+from graftq.quant_linear.layouts import STORED_DTYPES, GptqTensors, stored_dtypes
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,7 @@ class Kept:
 def keep(spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]]) -> dict[str, torch.Tensor]:
     """``qzeros`` and ``g_idx`` of all experts in a row; ``dtypes`` int8 [E, projections, 3]: scales, bias, g_idx."""
     every = [stored[name] for stored in experts for name in spec.names]
-    codes = [
-        [_DTYPES.index(torch.float32 if tensor is None else tensor.dtype) for tensor in (t.scales, t.bias, t.g_idx)]
-        for t in every
-    ]
-    dtypes = torch.tensor(codes, dtype=torch.int8, device=every[0].qweight.device)
+    dtypes = stored_dtypes(every).to(every[0].qweight.device)
     kept = {
         "qzeros": torch.cat([tensors.qzeros.flatten() for tensors in every]),
         "dtypes": dtypes.view(len(experts), len(spec.names), 3),
@@ -46,7 +40,7 @@ def kept_of(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], name: str, e
     before = every[: expert * len(spec.names) + number]
     zeros = sum(each.num_groups * each.packed_zero_columns for each in before)
     rows = sum(each.stored_g_idx for each in before)
-    scale, bias, g_idx = (_DTYPES[code] for code in tensors["dtypes"][expert, number].tolist())
+    scale, bias, g_idx = (STORED_DTYPES[code] for code in tensors["dtypes"][expert, number].tolist())
     qzeros = tensors["qzeros"][zeros : zeros + own.num_groups * own.packed_zero_columns]
     return Kept(
         qzeros.clone().view(own.num_groups, own.packed_zero_columns),
