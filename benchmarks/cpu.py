@@ -11,12 +11,13 @@ where it is installed.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
+from random_weights import Weights, spec_of
+from tables import write_csv
 from torch.nn import functional
 
 from graftq.quant_linear.activations import Activation
@@ -70,15 +71,11 @@ def read_bandwidth() -> float:
 
 def random_tensors(k: int, n: int, bits: int, group: int, act_order: bool) -> tuple[QuantSpec, GptqTensors]:
     """A symmetric projection: any bits are valid codes."""
-    group_size = k if group == -1 else group
-    groups = k // group_size
-    spec = QuantSpec(
-        bits=bits, in_features=k, out_features=n, group_size=group_size, num_groups=groups, desc_act=act_order,
-        sym=True, zero_offset=1, padded_in=k, padded_out=n, stored_g_idx=k if act_order else 0, stored_bias=0,
-    )  # fmt: skip
+    spec = spec_of(k, n, Weights(bits, group, act_order))
+    groups = spec.num_groups
     qweight = torch.randint(-(2**31), 2**31 - 1, (spec.packed_rows, n), dtype=torch.int32)
     scales = (torch.rand(groups, n) * 0.01 + 0.002).half()
-    g_idx = (torch.randperm(k) // group_size).to(torch.int32) if act_order else None
+    g_idx = (torch.randperm(k) // spec.group_size).to(torch.int32) if act_order else None
     return spec, GptqTensors(qweight, torch.zeros(groups, spec.packed_zero_columns, dtype=torch.int32), scales, g_idx)
 
 
@@ -255,10 +252,7 @@ def main() -> None:
             rows += experts(bandwidth)
     print(table(rows))
     if options.csv:
-        with open(options.csv, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv(rows, options.csv)
 
 
 if __name__ == "__main__":
