@@ -21,8 +21,8 @@ from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tables import Row, parser_for, publish, recorded
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.gpu.experts import TritonExperts
-from graftq.quant_linear.gpu.workspace import forget_graphs
+from graftq.quant_linear.gpu.experts.provider import TritonExperts
+from graftq.quant_linear.gpu.split_counters import forget_graphs
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.reference import TorchProvider

@@ -27,8 +27,8 @@ from tables import write_csv
 from tune_cases import DENSE, EXPERTS, TINY_CASES, Case, Run, Tiles
 
 from graftq.quant_linear.gpu.devices import device_of
-from graftq.quant_linear.gpu.tiles import Tile
-from graftq.quant_linear.gpu.workspace import forget_graphs
+from graftq.quant_linear.gpu.split_counters import forget_graphs
+from graftq.quant_linear.gpu.tile_heuristics import Tile
 
 Job = tuple[Case, Tiles]
 

@@ -15,11 +15,16 @@ from moe import LAYERS, MAIN, TINY, Layer, bytes_per_expert, random_experts, ran
 from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tune_recipes import fitted, recipes
 
-from graftq.quant_linear.gpu import experts_launches, experts_ops
-from graftq.quant_linear.gpu import product as tiled_product
-from graftq.quant_linear.gpu.experts_tiles import choose_matrix, choose_tokens, choose_vector, slots_per_expert
+from graftq.quant_linear.gpu import linear_launches
+from graftq.quant_linear.gpu.experts import launches, ops
+from graftq.quant_linear.gpu.experts.tile_heuristics import (
+    choose_matrix,
+    choose_tokens,
+    choose_vector,
+    slots_per_expert,
+)
 from graftq.quant_linear.gpu.provider import TritonProvider
-from graftq.quant_linear.gpu.tiles import Device, Tile, choose
+from graftq.quant_linear.gpu.tile_heuristics import Device, Tile, choose
 
 Tiles = tuple[Tile, ...]
 """One for each product."""
@@ -67,10 +72,10 @@ class Dense:
     @contextmanager
     def using(self, tiles: Tiles) -> Iterator[None]:
         """With these tiles instead of the chosen."""
-        tiled_product.product_for.cache_clear()
-        with mock.patch.object(tiled_product, "choose", return_value=tiles[0]):
+        linear_launches.launches_for.cache_clear()
+        with mock.patch.object(linear_launches, "choose", return_value=tiles[0]):
             yield
-        tiled_product.product_for.cache_clear()
+        linear_launches.launches_for.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -132,12 +137,12 @@ class Experts:
         def pick(device: Device, bits: int, n: int, *_: int) -> Tile:
             return tiles[0] if n == wide else tiles[1]
 
-        experts_ops.layer_for.cache_clear()
-        vectors = mock.patch.object(experts_ops, "choose_vector", pick)
-        matrices = mock.patch.object(experts_launches, "choose_matrix", pick)
+        ops.launches_for.cache_clear()
+        vectors = mock.patch.object(ops, "choose_vector", pick)
+        matrices = mock.patch.object(launches, "choose_matrix", pick)
         with vectors, matrices:
             yield
-        experts_ops.layer_for.cache_clear()
+        ops.launches_for.cache_clear()
 
 
 Case = Dense | Experts

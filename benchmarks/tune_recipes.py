@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from graftq.quant_linear.gpu.tiles import Device, Tile
+from graftq.quant_linear.gpu.tile_heuristics import Device, Tile
 
 
 def vector(rows: int, unroll: int, programs: int, registers: int | None = None, warps: int = 4) -> Tile:

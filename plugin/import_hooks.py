@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from graftq.plugin import faults, patching, switches
+from graftq.plugin import failures, patching, switches
 
 logger = logging.getLogger("graftq")
 
@@ -53,7 +53,7 @@ class Finder:
             self._catch_up()
             return self._attach(name, path, target) if name in self.waiting else None
         except Exception as error:
-            faults.record(f"the import hook at {name}", error)
+            failures.record(f"the import hook at {name}", error)
             return None
         finally:
             self._busy.here = False
@@ -123,7 +123,7 @@ class Finder:
                 patch(module)
         except Exception as error:
             by = getattr(patch, "__module__", "an adapter")
-            faults.record(f"taking over {module.__name__} by {by}", error)
+            failures.record(f"taking over {module.__name__} by {by}", error)
             return False
         return True
 
@@ -174,7 +174,7 @@ def require(*modules: str) -> None:
         root = name.partition(".")[0]
         found.open(root)
         if name not in found.taken[root]:
-            why = "; ".join(f"{what}: {reason}" for what, reason in faults.recorded.items())
+            why = "; ".join(f"{what}: {reason}" for what, reason in failures.recorded.items())
             raise RuntimeError(f"graftq could not take over {name} ({why or 'no adapter knows it'})")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from graftq.plugin import faults, hookspecs, switches
+from graftq.plugin import failures, hookspecs, switches
 
 if TYPE_CHECKING:
     from graftq.quant_linear.selection import (
@@ -47,11 +47,11 @@ def register(group: str, name: str | None = None) -> None:
     manager = plugin_manager()
     for entry in entry_points(group=group):
         label = f"{group}:{entry.value}"
-        if (name is None or entry.name == name) and not manager.has_plugin(label) and label not in faults.recorded:
+        if (name is None or entry.name == name) and not manager.has_plugin(label) and label not in failures.recorded:
             try:
                 manager.register(entry.load(), name=label)
             except Exception as error:
-                faults.record(label, error)
+                failures.record(label, error)
 
 
 def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
@@ -60,9 +60,9 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
     found: dict[str, list[Callable[[ModuleType], None]]] = {}
     for label, answer in _call_each("graftq_seams", root=root):
         if not isinstance(answer, Mapping):
-            faults.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
+            failures.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
         elif not all(isinstance(module, str) and callable(patch) for module, patch in answer.items()):
-            faults.record(label, TypeError("graftq_seams returned something else than module names and functions"))
+            failures.record(label, TypeError("graftq_seams returned something else than module names and functions"))
         else:
             for module, patch in answer.items():
                 found.setdefault(module, []).append(patch)
@@ -88,13 +88,13 @@ def _providers(hook: str, does: str) -> list[Any]:
         try:
             providers = list(answer)
         except Exception as error:
-            faults.record(label, error)
+            failures.record(label, error)
             continue
         for provider in providers:
             if all(hasattr(provider, member) for member in (*PROVIDER_MEMBERS, does)):
                 found.append(provider)
             else:
-                faults.record(label, TypeError(f"{hook} returned {provider!r}, not a kernel provider"))
+                failures.record(label, TypeError(f"{hook} returned {provider!r}, not a kernel provider"))
     return found
 
 
@@ -165,13 +165,13 @@ def _call_each(hook: str, **arguments: object) -> list[tuple[str, Any]]:
     manager = plugin_manager()
     answers = []
     for label, plugin in manager.list_name_plugin():
-        if label in faults.recorded:  # pluggy keeps a plugin whose registration has failed
+        if label in failures.recorded:  # pluggy keeps a plugin whose registration has failed
             continue
         others = [other for other in manager.get_plugins() if other is not plugin]
         try:
             results = manager.subset_hook_caller(hook, others)(**arguments)
         except Exception as error:
-            faults.record(label, error)
+            failures.record(label, error)
         else:
             answers += [(label, result) for result in results]
     return answers

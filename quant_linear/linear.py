@@ -14,7 +14,7 @@ from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from graftq.quant_linear.gpu.joint import Joint
+    from graftq.quant_linear.gpu.siblings import SiblingProduct
 
 Choose = Callable[[Request], Selection[KernelProvider]]
 """How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""
@@ -50,7 +50,7 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.pinned = False
         self.choose = choose
-        self.joint: tuple[Joint, int] | None = None
+        self.joint: tuple[SiblingProduct, int] | None = None
         self.provider: KernelProvider | None = None
         self._bound_to: tuple[str, torch.dtype] | None = None
         for name, shape in _shapes(spec).items():

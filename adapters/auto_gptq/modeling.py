@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from graftq.adapters.auto_gptq.options import sort_out
 from graftq.adapters.auto_gptq.quantize_config import BaseQuantizeConfig
 from graftq.plugin import import_hooks
-from graftq.plugin.config import autogptq_stem, read_declared
-from graftq.plugin.source import HUB_ARGUMENTS, Source
-from graftq.quant_linear.checkpoint import PICKLE_ENDINGS
+from graftq.plugin.checkpoint.configuration import autogptq_stem, read_declared
+from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
+from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 
 QUANTISERS = "GPTQModel (`pip install gptqmodel`) or llm-compressor"
 

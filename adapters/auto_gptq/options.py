@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from graftq.plugin.source import HUB_ARGUMENTS
+from graftq.plugin.checkpoint.source import HUB_ARGUMENTS
 
 logger = logging.getLogger("graftq")
 

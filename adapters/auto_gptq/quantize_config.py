@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, read_declared
-from graftq.plugin.source import HUB_ARGUMENTS, Source
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_declared
+from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 
 # What AutoAWQ calls them; AutoGPTQ reads both.
 _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}

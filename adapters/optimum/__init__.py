@@ -24,12 +24,12 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
 
 
 def _patch_quantizer(module: ModuleType) -> None:
-    from graftq.adapters.optimum import seams
+    from graftq.adapters.optimum import patches
 
-    seams.patch_quantizer(module)
+    patches.patch_quantizer(module)
 
 
 def _patch_package(module: ModuleType) -> None:
-    from graftq.adapters.optimum import seams
+    from graftq.adapters.optimum import patches
 
-    seams.patch_package(module)
+    patches.patch_package(module)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftq.plugin.config import QuantConfig
+from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.headers import TensorInfo
+from graftq.plugin.checkpoint.validation import Declared, check_values
 from graftq.plugin.manager import choose_kernel
-from graftq.quant_linear.checkpoint import TensorInfo
-from graftq.quant_linear.checks import Declared, check_values
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import CheckpointLayout
 from graftq.quant_linear.linear import QuantLinear

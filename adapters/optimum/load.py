@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from graftq.plugin import import_hooks
-from graftq.plugin.config import QUANTIZE_CONFIG, read_declared
-from graftq.plugin.source import Source
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, read_declared
+from graftq.plugin.checkpoint.source import Source
 
 logger = logging.getLogger("graftq")
 

@@ -37,18 +37,18 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
 
 
 def _patch_tuners(module: ModuleType) -> None:
-    from graftq.adapters.peft import seams
+    from graftq.adapters.peft import patches
 
-    seams.patch_tuners(module)
+    patches.patch_tuners(module)
 
 
 def _patch_config(module: ModuleType) -> None:
-    from graftq.adapters.peft import seams
+    from graftq.adapters.peft import patches
 
-    seams.patch_config(module)
+    patches.patch_config(module)
 
 
 def _patch_model(module: ModuleType) -> None:
-    from graftq.adapters.peft import seams
+    from graftq.adapters.peft import patches
 
-    seams.patch_model(module)
+    patches.patch_model(module)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftq.adapters.tgi.checkpoint import Checkpoint, asked_for
+from graftq.adapters.tgi.model_files import Checkpoint, asked_for
+from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
 from graftq.plugin.manager import choose_kernel
-from graftq.quant_linear.checks import check_values, spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
@@ -24,7 +24,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Projection:
+class ServerProjection:
     """One projection as stored, on the CPU; ``lost_bias`` names a bias in the files that has values other than zero."""
 
     tensors: GptqTensors
@@ -104,7 +104,7 @@ class PackedLoader:
         lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the others leave the bias to the first
         return self._weight(weights, [self.rows(weights, prefix, one)], lost)
 
-    def rows(self, weights: Any, prefix: str, one: Projection) -> Part:
+    def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Part:
         """This rank's share of the inputs, on the CPU."""
         start, stop = share(prefix, one.spec.in_features, weights.process_group)
         if stop - start == one.spec.in_features:
@@ -139,7 +139,7 @@ class PackedLoader:
             "no tensor in the checkpoint for this weight", file=self.checkpoint.file, module=f"{prefix}.weight"
         )
 
-    def read(self, weights: Any, prefix: str) -> Projection:
+    def read(self, weights: Any, prefix: str) -> ServerProjection:
         """A projection from the files, checked.
 
         Raises:
@@ -155,7 +155,7 @@ class PackedLoader:
         bias = values.pop("bias", None)
         spec = check_values(stored, infos, spec, declared, values)
         lost = f"{stored}.bias" if bias is not None and bias.any() else None
-        return Projection(GptqTensors(**values), spec, lost)
+        return ServerProjection(GptqTensors(**values), spec, lost)
 
     def _weight(self, weights: Any, parts: Sequence[Part | Any], lost_bias: str | None) -> PackedWeight:
         return PackedWeight(self, parts, weights.device, weights.dtype, lost_bias)
@@ -236,7 +236,7 @@ def share(name: str, size: int, process_group: Any) -> Range:
     return process_group.rank() * size // ranks, (process_group.rank() + 1) * size // ranks
 
 
-def columns(one: Projection, ranges: Sequence[Range]) -> list[Part]:
+def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Part]:
     """The given outputs of a projection, which is not copied where they are all of it."""
     edges = [edge for start_stop in ranges for edge in start_stop]
     if edges[0] == 0 and edges[-1] == one.spec.out_features and edges[1:-1:2] == edges[2:-1:2]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from graftq.adapters.tgi import server_log
-from graftq.adapters.tgi.checkpoint import asked_for
+from graftq.adapters.tgi.model_files import asked_for
 from graftq.plugin.patching import replace_attribute
 
 

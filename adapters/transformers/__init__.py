@@ -35,19 +35,19 @@ def _version() -> tuple[int, ...]:
 
 
 def _patch_quantizers(module: ModuleType) -> None:
-    _seams().patch_quantizers(module)
+    _patches().patch_quantizers(module)
 
 
 def _patch_modeling(module: ModuleType) -> None:
-    _seams().patch_modeling(module)
+    _patches().patch_modeling(module)
 
 
-def _seams() -> ModuleType:
-    """The seams of this version; they import transformers' modules, and so not before there is one to patch."""
+def _patches() -> ModuleType:
+    """The patches for this version; they import transformers' modules, and so not before there is one to patch."""
     if _version() < (5, 0):
-        from graftq.adapters.transformers.v4 import seams as older
+        from graftq.adapters.transformers.v4 import patches as patches_v4
 
-        return older
-    from graftq.adapters.transformers import seams
+        return patches_v4
+    from graftq.adapters.transformers import patches
 
-    return seams
+    return patches

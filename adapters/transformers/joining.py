@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from graftq.quant_linear.experts import QuantExpert
-from graftq.quant_linear.gpu.joint import join
+from graftq.quant_linear.gpu.siblings import join_siblings
 from graftq.quant_linear.linear import QuantLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that it calls one after the other with the same tensor."""
 
 
-def join_siblings(model: nn.Module) -> None:
-    """Multiply siblings in one where they allow it; see :func:`~graftq.quant_linear.gpu.joint.join`."""
+def join_model_siblings(model: nn.Module) -> None:
+    """Multiply siblings in one where they allow it; see :func:`~graftq.quant_linear.gpu.siblings.join`."""
     for module in model.modules():
         if isinstance(module, QuantExpert):  # a kernel for all experts at once would have to take them apart again
             continue
@@ -21,4 +21,4 @@ def join_siblings(model: nn.Module) -> None:
             layers = [getattr(module, name, None) for name in names]
             packed = [layer for layer in layers if isinstance(layer, QuantLinear)]
             if len(packed) == len(names):
-                join(packed)
+                join_siblings(packed)

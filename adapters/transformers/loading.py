@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftq.plugin import weights
-from graftq.plugin.config import QUANTIZE_CONFIG, QuantConfig, parse_json
-from graftq.plugin.source import HUB_ARGUMENTS, Source
-from graftq.quant_linear.checkpoint import PICKLE_ENDINGS, CheckpointIndex
+from graftq.plugin.checkpoint import weight_files
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
+from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 from graftq.quant_linear.errors import CheckpointError
 
 Files = tuple[Sequence[str], Mapping[str, Any] | None]
@@ -76,22 +76,22 @@ class Loading:
         explicit = arguments.get("transformers_explicit_filename")
         if explicit and explicit.endswith(PICKLE_ENDINGS):  # transformers itself wants a safetensors file there
             if self.arguments.get("use_safetensors") is not False:
-                raise weights.pickle_refused(self.source, explicit)
+                raise weight_files.pickle_refused(self.source, explicit)
             return self.source.fetch(explicit)
         if explicit or arguments.get("variant"):
             return None
-        name = weights.find_safetensors(self.source, self.config)
+        name = weight_files.find_safetensors(self.source, self.config)
         if name is not None:
             if name.endswith(".index.json"):
-                weights.read_weight_map(self.source, name)  # refuses what transformers would trip over
+                weight_files.read_weight_map(self.source, name)  # refuses what transformers would trip over
             arguments["transformers_explicit_filename"] = name
             return None
-        pickles = weights.find_pickles(self.source, self.config)
+        pickles = weight_files.find_pickles(self.source, self.config)
         if not pickles:
             return None  # transformers says what it looked for
         if self.arguments.get("use_safetensors") is not False:
-            raise weights.pickle_refused(self.source, pickles[0])
-        name = weights.the_only(self.source, pickles)
+            raise weight_files.pickle_refused(self.source, pickles[0])
+        name = weight_files.the_only(self.source, pickles)
         assert name is not None  # there are pickles
         return self.source.fetch(name)
 

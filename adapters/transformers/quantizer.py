@@ -12,13 +12,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from graftq.adapters.transformers import loading, tensor_parallel
 from graftq.adapters.transformers.dequantizing import dequantize_model
-from graftq.adapters.transformers.plan import Plan, make_plan
+from graftq.adapters.transformers.packed_layers import PlacedProjection, bind, packed_modules, refuse_holes
+from graftq.adapters.transformers.placement import Placement, place_projections
 from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state
-from graftq.adapters.transformers.shared import Projection, bind, packed_modules, refuse_holes
 from graftq.adapters.transformers.swap import Dequantize, swap_modules
-from graftq.plugin.config import QuantConfig
-from graftq.quant_linear.checkpoint import CheckpointIndex, torch_dtypes
+from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
@@ -31,9 +31,9 @@ class GptqHfQuantizer(DeferringQuantizer):
         super().__init__(quantization_config, **kwargs)
         # Needed from the skeleton to the last weight, then dropped.
         self._model: Any = None
-        self._plan = Plan()
+        self._plan = Placement()
         self._index = CheckpointIndex({})
-        self._dense: dict[str, Projection] = {}
+        self._dense: dict[str, PlacedProjection] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._ignore_mismatched_sizes = False
         self._on_kernels = False
@@ -54,7 +54,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         key_mapping = arguments.get("key_mapping")
         self._ignore_mismatched_sizes = bool(arguments.get("ignore_mismatched_sizes"))
         self._model = model
-        self._plan = make_plan(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
+        self._plan = place_projections(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
         self._origin = Origin()
         self._dense = swap_modules(model, self._plan, self._origin.plain)
         parameters: Any = self.quantization_config
@@ -146,7 +146,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         bind(model, model.config.dtype)
         self._on_kernels = all(module.kernel not in (None, "torch") for module in packed_modules(model))
         self._remember_origin(model)
-        self._model, self._plan, self._index = None, Plan(), CheckpointIndex({})
+        self._model, self._plan, self._index = None, Placement(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
 
     def _restore_dtypes(self, model: Any) -> None:

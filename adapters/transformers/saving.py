@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
-from graftq.plugin.config import QUANTIZE_CONFIG, autogptq_stem
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
-from graftq.adapters.transformers.plan import Plan
-from graftq.adapters.transformers.shared import Projection, idle_biases
+from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases
+from graftq.adapters.transformers.placement import Placement
 from graftq.plugin.manager import choose_experts_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -21,7 +21,7 @@ from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
-def swap_modules(model: Any, plan: Plan, plain: dict[str, nn.Module]) -> dict[str, Projection]:
+def swap_modules(model: Any, plan: Placement, plain: dict[str, nn.Module]) -> dict[str, PlacedProjection]:
     """Replace linear layers and experts modules.
 
     Args:
@@ -52,7 +52,7 @@ def swap_modules(model: Any, plan: Plan, plain: dict[str, nn.Module]) -> dict[st
     return dense
 
 
-def _experts(stock: Any, found: Mapping[str, Projection], dtype: torch.dtype) -> QuantExperts:
+def _experts(stock: Any, found: Mapping[str, PlacedProjection], dtype: torch.dtype) -> QuantExperts:
     """Rebuild an experts module around packed projections; gating, activation and norm stay the model's own."""
     gated = hasattr(stock, "gate_up_proj")
     projections: dict[str, dict[str, QuantLinear]] = {}

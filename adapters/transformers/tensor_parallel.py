@@ -31,7 +31,7 @@ WHOLE = "replicate"
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """One rank among those that share a layer."""
 
     rank: int
@@ -79,7 +79,7 @@ def shard(model: Any) -> bool:
             raise ValueError(f"{kind}={getattr(config, kind)}: of packed models, only tensor parallelism is supported")
     if (config.tp_size or 1) > 1:
         mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-        part = Part(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+        part = TensorSlice(mesh.get_local_rank(), mesh.size(), mesh.get_group())
         for name, module in list(_packed(model)):
             style = model.tp_plan.get(_generic(name))
             if style is not None:
@@ -104,7 +104,7 @@ def _stacked(module: QuantLinear | QuantExperts) -> tuple[str, ...]:
     return ("gate_up_proj", "up_proj", "down_proj") if isinstance(module, QuantExperts) else ()
 
 
-def _cut(name: str, module: QuantLinear | QuantExperts, style: str, part: Part) -> nn.Module:
+def _cut(name: str, module: QuantLinear | QuantExperts, style: str, part: TensorSlice) -> nn.Module:
     try:
         if isinstance(module, QuantExperts) and style == EXPERTS_STYLE:
             return _cut_experts(module, part)
@@ -120,7 +120,7 @@ def _cut(name: str, module: QuantLinear | QuantExperts, style: str, part: Part) 
     raise ValueError(f"{name} is packed, and cannot be sharded by {style!r}; only by {', '.join(known)}")
 
 
-def _cut_outputs(layer: QuantLinear, gather: bool, part: Part) -> QuantLinear:
+def _cut_outputs(layer: QuantLinear, gather: bool, part: TensorSlice) -> QuantLinear:
     if gather and layer.out_features % part.size:
         raise ValueError(f"{layer.out_features} outputs are to be gathered from parts of equal size")
     shard = shard_outputs(layer.release(), layer.spec, *part.of(layer.out_features))
@@ -131,7 +131,7 @@ def _cut_outputs(layer: QuantLinear, gather: bool, part: Part) -> QuantLinear:
     return cut
 
 
-def _cut_inputs(layer: QuantLinear, split: bool, part: Part) -> QuantLinear:
+def _cut_inputs(layer: QuantLinear, split: bool, part: TensorSlice) -> QuantLinear:
     start, stop = part.of(layer.in_features)
     tensors = layer.release()
     cut = _layer(shard_inputs(tensors, layer.spec, start, stop, keep_bias=part.rank == 0), layer)
@@ -148,7 +148,7 @@ def _layer(shard: tuple[GptqTensors, QuantSpec], like: QuantLinear) -> QuantLine
     return QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
 
 
-def _cut_experts(experts: QuantExperts, part: Part) -> QuantExperts:
+def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
     """Every expert on every rank, with a part of its intermediate features."""
     if experts.post_expert_norm is not None:
         raise ValueError("its experts' outputs are normalised, which wants them whole")

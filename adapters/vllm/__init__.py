@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 
-from graftq.plugin import faults, switches
+from graftq.plugin import failures, switches
 
 logger = logging.getLogger("graftq")
 
@@ -20,7 +20,7 @@ def register() -> None:
         if not switches.disabled():
             _register()
     except Exception as error:  # vLLM does not guard this call
-        faults.record("taking over vLLM's GPTQ loading", error)
+        failures.record("taking over vLLM's GPTQ loading", error)
 
 
 def _register() -> None:

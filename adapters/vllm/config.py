@@ -12,9 +12,9 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from graftq.adapters.vllm import versions
-from graftq.adapters.vllm.checkpoint import METHOD, CheckpointConfig
+from graftq.adapters.vllm.base_config import METHOD, BaseConfig
 from graftq.plugin import switches
-from graftq.plugin.config import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
 
 logger = logging.getLogger("graftq")
 
@@ -22,7 +22,7 @@ OURS_TO_TAKE = (None, METHOD, "gptq")
 """Values of vLLM's ``quantization`` argument that leave the choice to us; the others name an implementation."""
 
 
-class GraftqConfig(CheckpointConfig):
+class GraftqConfig(BaseConfig):
     """What vLLM asks of a quantisation method; made for each checkpoint."""
 
     @classmethod
@@ -83,8 +83,8 @@ class GraftqConfig(CheckpointConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from graftq.adapters.vllm.fused_moe import GraftqMoEMethod
         from graftq.adapters.vllm.linear import GraftqLinearMethod
-        from graftq.adapters.vllm.moe import GraftqMoEMethod
 
         if isinstance(layer, RoutedExperts):
             experts = self.stored.experts(prefix)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from graftq.adapters.vllm.arriving import Arriving, Cut, inputs, outputs
-from graftq.adapters.vllm.checkpoint import CheckpointConfig
+from graftq.adapters.vllm.base_config import BaseConfig
+from graftq.adapters.vllm.projection_loader import Cut, ProjectionLoader, inputs, outputs
+from graftq.plugin.checkpoint.headers import SUFFIXES
 from graftq.plugin.manager import choose_kernel
-from graftq.quant_linear.checkpoint import SUFFIXES
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import join_outputs
@@ -51,12 +51,12 @@ class GraftqLinearMethod(LinearMethodBase):
         names: The stored names of its projections: one, or one for each part of a fused layer.
     """
 
-    def __init__(self, config: CheckpointConfig, prefix: str, names: Sequence[str]):
+    def __init__(self, config: BaseConfig, prefix: str, names: Sequence[str]):
         super().__init__()
         self.config = config
         self.prefix = prefix
         self.names = names
-        self.arriving: dict[tuple[int, ...], Arriving] = {}
+        self.arriving: dict[tuple[int, ...], ProjectionLoader] = {}
         self.partitions: list[Partition] = []
         self.cut_inputs: Cut | None = None
         self.in_features = 0
@@ -119,7 +119,7 @@ class GraftqLinearMethod(LinearMethodBase):
             shard = SHARDS[shard]
         return shard if isinstance(shard, tuple) else (shard,)
 
-    def _expect(self, covered: tuple[int, ...]) -> Arriving:
+    def _expect(self, covered: tuple[int, ...]) -> ProjectionLoader:
         module = self._name(covered)
         own = [self.partitions[index] for index in covered]
         ranges, offset = [], 0
@@ -127,7 +127,7 @@ class GraftqLinearMethod(LinearMethodBase):
             ranges.append((offset + partition.start, offset + partition.stop))
             offset += partition.full
         cut = self.cut_inputs or outputs(*ranges)
-        return Arriving(module, self.config.gptq.for_module(module), self.in_features, offset, cut, self.device)
+        return ProjectionLoader(module, self.config.gptq.for_module(module), self.in_features, offset, cut, self.device)
 
     def _name(self, covered: tuple[int, ...]) -> str:
         if len(self.names) == len(self.partitions) and len(covered) == 1:
@@ -156,7 +156,7 @@ class GraftqLinearMethod(LinearMethodBase):
         layer.graftq = nn.ModuleList(layers)
         self.config.remember(f"{self.prefix}: {layers}")
 
-    def _all(self) -> list[Arriving]:
+    def _all(self) -> list[ProjectionLoader]:
         """The projections in the order of their outputs; each of the layer's must be there, once."""
         found = sorted(self.arriving)
         covered = [index for indices in found for index in indices]

@@ -8,10 +8,10 @@ from functools import cached_property, reduce
 
 import torch
 
+from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_of
+from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights
 from graftq.quant_linear.cpu.layout import CpuLayout
 from graftq.quant_linear.cpu.ops import product
-from graftq.quant_linear.cpu.support import judge_cpu, layout_of, weights_of
-from graftq.quant_linear.cpu.tiles import Weights
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.layouts import KEPT, STORED_DTYPES, GptqTensors, stored_dtypes
@@ -76,7 +76,7 @@ class StackedLayout:
         """Whether gate and up, apart in the checkpoint, are one projection here."""
         return self.spec.names[:-1] == _GATE_UP and f"{PREFIX}{_JOINED}_codes" in packed
 
-    def weights(self, packed: Mapping[str, torch.Tensor | None], stack: str) -> tuple[Weights, int]:
+    def weights(self, packed: Mapping[str, torch.Tensor | None], stack: str) -> tuple[CpuWeights, int]:
         """The operator's arguments for one projection of all experts: its weights and its number of outputs."""
         spec, names = self._stacks[stack]
         return weights_of(packed, spec, names), spec.out_features
@@ -90,7 +90,7 @@ class StackedLayout:
             gate, up = (common[name] for name in _GATE_UP)
             outputs = gate.out_features + up.out_features
             common[_JOINED] = replace(gate, sym=gate.sym and up.sym, out_features=outputs, padded_out=outputs)
-        tensors = Weights._fields[:7]
+        tensors = CpuWeights._fields[:7]
         return {name: (spec, [f"{PREFIX}{name}_{tensor}" for tensor in tensors]) for name, spec in common.items()}
 
     def _can_join(self, stored: Mapping[str, Sequence[GptqTensors]]) -> bool:

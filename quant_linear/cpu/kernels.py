@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights, multiply_tiles
 from graftq.quant_linear.cpu.layout import Int8Layout
-from graftq.quant_linear.cpu.tiles import Weights, multiply_tiles
 from graftq.quant_linear.spec import QuantSpec
 
 _FEW_TOKENS = {
@@ -74,14 +74,14 @@ def takes_bytes(spec: QuantSpec) -> bool:
     return spec.bits == 8 and work >= _LEAST_BYTES.get(int4_block(), 0)
 
 
-def most_tokens(w: Weights, dtype: torch.dtype) -> int:
+def most_tokens(w: CpuWeights, dtype: torch.dtype) -> int:
     """Most rows of ``dtype`` that a kernel multiplies by the weights as they are; -1 if there is no such kernel."""
     if dtype == torch.float32 or not (has_int8_kernel() if w.is_bytes else int4_block()):
         return -1
     return _FEW_TOKENS[fast_dtype()]["bytes" if w.is_bytes else "two nibbles" if w.halves == 2 else "one nibble"]
 
 
-def multiply(placed: torch.Tensor, w: Weights, n: int) -> torch.Tensor:
+def multiply(placed: torch.Tensor, w: CpuWeights, n: int) -> torch.Tensor:
     """``placed`` [M, rows], inputs in packed order, by the weights: [M, n], in the kernel's dtype."""
     if len(placed) > most_tokens(w, placed.dtype):
         return multiply_tiles(placed if placed.dtype == torch.float32 else placed.to(fast_dtype()), w, n)
@@ -92,7 +92,7 @@ def multiply(placed: torch.Tensor, w: Weights, n: int) -> torch.Tensor:
     return out if out.shape[1] == n else out[:, :n]
 
 
-def multiply_runs(placed: torch.Tensor, w: Weights, n: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+def multiply_runs(placed: torch.Tensor, w: CpuWeights, n: int, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Rows of ``placed`` [S, rows], each by the weights of its expert: [S, n], in the kernel's dtype.
 
     Args:
@@ -117,7 +117,7 @@ def multiply_runs(placed: torch.Tensor, w: Weights, n: int, runs: Sequence[tuple
     return out if out.shape[1] == n else out[:, :n]
 
 
-def _for_nibbles(placed: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _for_nibbles(placed: torch.Tensor, w: CpuWeights) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The int4 kernel's activations, codes (of each expert, if ``w`` has many) and rows that share a scale."""
     placed = placed.to(torch.bfloat16)
     if w.halves == 2:

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from graftq.quant_linear.cpu.places import Places, places_of, stored_rows, unit_of
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, unpack_codes, zero_points
+from graftq.quant_linear.row_order import Places, places_of, stored_rows, unit_of
 from graftq.quant_linear.spec import QuantSpec
 
 _CHUNK_CODES = 1 << 20  # codes repacked at a time: bounds what the load needs beside the weights themselves

@@ -12,8 +12,8 @@ from itertools import groupby
 
 import torch
 
+from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights, multiply_tiles_transposed
 from graftq.quant_linear.cpu.kernels import multiply, multiply_runs
-from graftq.quant_linear.cpu.tiles import Weights, multiply_tiles_transposed
 
 _WEIGHTS = (
     "Tensor codes, Tensor scales_and_zeros, Tensor groups, Tensor scales, Tensor qzeros, Tensor? order, Tensor? bias, "
@@ -29,8 +29,8 @@ _library.define(f"cpu_experts_linear_input_grad(Tensor grad, {_ROWS}, {_WEIGHTS}
 
 
 def _linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """``x @ W.T + bias`` for ``x`` [M, K]: [M, N] in its dtype. Arguments: :class:`Weights`, then N."""
-    w, n = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    """``x @ W.T + bias`` for ``x`` [M, K]: [M, N] in its dtype. Arguments: :class:`CpuWeights`, then N."""
+    w, n = CpuWeights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
     assert isinstance(n, int)
     out = multiply(_placed(x, w), w, n)
     if w.bias is not None:
@@ -38,7 +38,7 @@ def _linear(x: torch.Tensor, *arguments: object) -> torch.Tensor:
     return out.to(x.dtype)
 
 
-def _placed(x: torch.Tensor, w: Weights) -> torch.Tensor:
+def _placed(x: torch.Tensor, w: CpuWeights) -> torch.Tensor:
     """``x`` [M, K] in packed order, zeros where there is padding: [M, rows]."""
     padding = w.rows - x.shape[1]
     if w.order is None:
@@ -52,8 +52,8 @@ def _placed(x: torch.Tensor, w: Weights) -> torch.Tensor:
 
 
 def _input_grad(grad: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """``grad @ W`` for ``grad`` [M, N]: [M, K], summed in float32. Arguments: :class:`Weights`, then (M, K)."""
-    w, shape = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    """``grad @ W`` for ``grad`` [M, N]: [M, K], summed in float32. Arguments: :class:`CpuWeights`, then (M, K)."""
+    w, shape = CpuWeights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
     assert isinstance(shape, Sequence)
     return _unplaced(multiply_tiles_transposed(grad, w), w.order, shape[1]).to(grad.dtype)
 
@@ -76,9 +76,9 @@ def _experts_linear(
 ) -> torch.Tensor:
     """Row ``token[s]`` of ``x`` [R, K] (s, if None) by the weights of ``expert[s]``, ascending: [S, N].
 
-    Zeros for experts that the weights have not: other ranks'. Arguments: :class:`Weights`, then N.
+    Zeros for experts that the weights have not: other ranks'. Arguments: :class:`CpuWeights`, then N.
     """
-    w, n = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    w, n = CpuWeights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
     assert isinstance(n, int)
     runs = _runs(expert, len(w.codes))
     if not runs:
@@ -94,7 +94,7 @@ def _experts_linear(
     return torch.nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
 
-def _placed_by_expert(x: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, w: Weights) -> torch.Tensor:
+def _placed_by_expert(x: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, w: CpuWeights) -> torch.Tensor:
     """Rows ``token`` [S] of ``x`` (all, if None), each in the packed order of its ``expert``: [S, rows]."""
     padding = w.rows - x.shape[1]
     if w.order is None:
@@ -113,8 +113,8 @@ def _placed_by_expert(x: torch.Tensor, token: torch.Tensor | None, expert: torch
 def _experts_input_grad(
     grad: torch.Tensor, token: torch.Tensor | None, expert: torch.Tensor, *arguments: object
 ) -> torch.Tensor:
-    """To ``x`` of :func:`_experts_linear`, from ``grad`` [S, N]: [R, K]. Arguments: :class:`Weights`, then (R, K)."""
-    w, shape = Weights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
+    """To ``x`` of :func:`_experts_linear`, from ``grad`` [S, N]: [R, K]. Arguments: weights, then (R, K)."""
+    w, shape = CpuWeights(*arguments[:-1]), arguments[-1]  # type: ignore[arg-type]
     assert isinstance(shape, Sequence)
     total = grad.new_zeros(shape, dtype=torch.float32)
     token = torch.arange(len(grad), device=grad.device) if token is None else token

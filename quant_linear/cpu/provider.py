@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import pluggy
 import torch
 
+from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.cpu.experts import CpuExperts
 from graftq.quant_linear.cpu.layout import CpuLayout
 from graftq.quant_linear.cpu.ops import product
-from graftq.quant_linear.cpu.support import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 

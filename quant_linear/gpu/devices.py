@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from graftq.quant_linear.gpu.tiles import Device
+from graftq.quant_linear.gpu.tile_heuristics import Device
 from graftq.quant_linear.kernels.unpack import unpack_program
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pluggy
 import torch
 
-from graftq.quant_linear.gpu.dispatch import is_unwatched
-from graftq.quant_linear.gpu.experts import TritonExperts
-from graftq.quant_linear.gpu.layout import TiledLayout
-from graftq.quant_linear.gpu.support import judge_triton, start_triton
+from graftq.quant_linear.gpu.availability import judge_triton, start_triton
+from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
+from graftq.quant_linear.gpu.experts.provider import TritonExperts
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
@@ -29,7 +29,7 @@ class TritonProvider:
 
     def layout(self, spec: QuantSpec) -> TiledLayout:
         """Tiles in the order of the matrix instructions."""
-        import graftq.quant_linear.gpu.ops  # noqa: F401 - whoever packs will multiply
+        import graftq.quant_linear.gpu.linear_ops  # noqa: F401 - whoever packs will multiply
 
         start_triton()
         return TiledLayout(spec)
@@ -50,7 +50,9 @@ class TritonProvider:
             spec.signature,
         )
         if x.requires_grad and torch.is_grad_enabled():
-            from graftq.quant_linear.gpu.ops import TiledLinear  # not by `_ops`, which torch.compile would follow
+            from graftq.quant_linear.gpu.linear_ops import (
+                TiledLinear,  # not by `_ops`, which torch.compile would follow
+            )
 
             return TiledLinear.apply(*arguments)
         return (_ops().tiled_linear if is_unwatched(x) else torch.ops.graftq.tiled_linear)(*arguments)
@@ -58,9 +60,9 @@ class TritonProvider:
 
 @cache
 def _ops() -> Any:
-    from graftq.quant_linear.gpu import ops  # not at the top, where triton may be absent
+    from graftq.quant_linear.gpu import linear_ops  # not at the top, where triton may be absent
 
-    return ops
+    return linear_ops
 
 
 @pluggy.HookimplMarker("graftq")

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.activate import activate
+from graftq.quant_linear.kernels.epilogue import sum_splits
 from graftq.quant_linear.kernels.gemv import multiply_row
-from graftq.quant_linear.kernels.tile import sum_splits
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftq.quant_linear.kernels.tile import finish_tile, load_scales, load_zeros, scale_weights
+from graftq.quant_linear.kernels.epilogue import finish_tile, load_scales, load_zeros, scale_weights
 from graftq.quant_linear.kernels.unpack import load_words, unpack
 
 

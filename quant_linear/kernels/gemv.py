@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftq.quant_linear.kernels.tile import finish_row, load_scales, load_zeros
+from graftq.quant_linear.kernels.epilogue import finish_row, load_scales, load_zeros
 from graftq.quant_linear.kernels.unpack import load_words, unpack, unpack_planes
 
 

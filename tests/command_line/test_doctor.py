@@ -10,7 +10,7 @@ from support.processes import run, write_distribution
 
 def doctor(*path: Path, **environment: str) -> tuple[int, list[str]]:
     """Exit status, and the lines with single spaces."""
-    done = run("-m", "graftq.plugin.cli", "doctor", path=path, check=False, **environment)
+    done = run("-m", "graftq.plugin.cli.main", "doctor", path=path, check=False, **environment)
     return done.returncode, [" ".join(line.split()) for line in done.stdout.splitlines()]
 
 

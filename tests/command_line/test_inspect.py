@@ -14,7 +14,7 @@ from support.gptq import Recipe
 from support.models import tiny
 from support.processes import ROOT, run
 
-from graftq.plugin import cli
+from graftq.plugin.cli.main import main
 
 Inspect = Callable[[Path], tuple[int, str, str]]
 State = dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
     """Run the command in this process: exit status, output, errors."""
 
     def call(checkpoint: Path) -> tuple[int, str, str]:
-        status = cli.main(["inspect", str(checkpoint)])
+        status = main(["inspect", str(checkpoint)])
         return status, *capsys.readouterr()
 
     return call
@@ -200,13 +200,13 @@ def test_error(damage: Callable[[Path], None], said: str, inspect: Inspect, chec
 def test_needs_no_transformers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     absent = tmp_path_factory.mktemp("absent")
     (absent / "transformers.py").write_text("raise ModuleNotFoundError('absent')")
-    assert "Traps" in run("-m", "graftq.plugin.cli", "inspect", str(checkpoint), path=[absent]).stdout
+    assert "Traps" in run("-m", "graftq.plugin.cli.main", "inspect", str(checkpoint), path=[absent]).stdout
 
 
 def test_a_reader_that_has_seen_enough(checkpoint: Path) -> None:
     code = f"""
 import subprocess, sys
-command = [sys.executable, "-m", "graftq.plugin.cli", "inspect", {str(checkpoint)!r}]
+command = [sys.executable, "-m", "graftq.plugin.cli.main", "inspect", {str(checkpoint)!r}]
 with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
     child.stdout.close()
     print(repr(child.stderr.read()))

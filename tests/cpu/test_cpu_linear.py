@@ -7,8 +7,8 @@ import torch
 from support.projections import Shape, expected, make, relative_error
 
 from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.cpu import dequantized_matmul as cpu_tiles
 from graftq.quant_linear.cpu import kernels as cpu_kernels
-from graftq.quant_linear.cpu import tiles as cpu_tiles
 from graftq.quant_linear.cpu.provider import CpuProvider
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear

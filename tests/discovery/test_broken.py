@@ -33,7 +33,7 @@ def import_with_one_warning(installed: Path) -> tuple[str, str]:
         ("plugin/import_hooks.py", "graftq could not start: SyntaxError"),
         ("plugin/manager.py", "SyntaxError"),
         ("adapters/transformers/__init__.py", "graftq.adapters:graftq.adapters.transformers failed"),
-        ("adapters/transformers/seams.py", "taking over transformers."),
+        ("adapters/transformers/patches.py", "taking over transformers."),
         ("adapters/transformers/quantizer.py", "taking over transformers."),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from graftq.quant_linear.checkpoint import CheckpointIndex
+from graftq.plugin.checkpoint.headers import CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
 
 TENSORS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graftq.plugin.config import QuantConfig
+from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.quant_linear.errors import CheckpointError
 
 PLAIN: dict[str, Any] = {"bits": 4, "group_size": 128, "desc_act": True, "sym": True}

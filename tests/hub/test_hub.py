@@ -97,7 +97,7 @@ def test_offline_from_the_cache(hub: Hub, loaded: tuple[Path, dict[str, torch.Te
 
 
 def inspect(hub: Hub, cache: Path, *arguments: str, offline: bool = False) -> tuple[int, str, str]:
-    done = run("-m", "graftq.plugin.cli", "inspect", *arguments, check=False, **at(hub, cache, offline))
+    done = run("-m", "graftq.plugin.cli.main", "inspect", *arguments, check=False, **at(hub, cache, offline))
     return done.returncode, done.stdout, done.stderr
 
 

@@ -10,12 +10,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 
 def route(index: torch.Tensor, experts: int, tokens: int) -> list[tuple[int, list[int]]]:
     """Expert and slots of each tile that has any."""
-    from graftq.quant_linear.gpu.experts_launches import Kind, Preparation, Rows, Stack
+    from graftq.quant_linear.gpu.experts.launches import InputRows, Preparation, Stack, StackKind
 
     codes = torch.empty(experts, 2, 1, 0, dtype=torch.int16, device=index.device)
     x = torch.empty(len(index), 16, dtype=torch.float16, device=index.device)
-    kind = Kind.of(Stack(codes, None, codes, None, None, None, None))
-    prepared = Preparation(Rows(len(index), 1, 16, 16), kind, False, tokens)(x, index, None)
+    kind = StackKind.of(Stack(codes, None, codes, None, None, None, None))
+    prepared = Preparation(InputRows(len(index), 1, 16, 16), kind, False, tokens)(x, index, None)
     experts_of = prepared.tile_expert.tolist()
     tiles = prepared.slots[: len(experts_of) * tokens].view(-1, tokens).tolist()
     found = []

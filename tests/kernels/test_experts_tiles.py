@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from graftq.quant_linear.gpu.experts_tiles import (
+from graftq.quant_linear.gpu.experts.tile_heuristics import (
     choose_matrix,
     choose_sweep,
     choose_tokens,
@@ -14,8 +14,8 @@ from graftq.quant_linear.gpu.experts_tiles import (
     slots_per_expert,
     tiles_bound,
 )
-from graftq.quant_linear.gpu.layout import PADDED_N
-from graftq.quant_linear.gpu.tiles import Device, Tile
+from graftq.quant_linear.gpu.tile_heuristics import Device, Tile
+from graftq.quant_linear.gpu.tiled_layout import PADDED_N
 
 H100 = Device("cuda", 90, 132)
 OTHERS = [Device("cuda", 80, 108), Device("hip", 0, 304), Device("xpu", 0, 64)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.projections import Shape, expected, make, relative_error
 
-from graftq.quant_linear.gpu.joint import join
 from graftq.quant_linear.gpu.provider import TritonProvider
+from graftq.quant_linear.gpu.siblings import join_siblings
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.selection import Selection
@@ -54,7 +54,7 @@ def multiplies_in_one(layers: list[QuantLinear]) -> bool:
 @pytest.mark.parametrize("case", CASES)
 def test_the_product(case: str, device: str):
     layers, stored = build(CASES[case], device)
-    assert join(layers)
+    assert join_siblings(layers)
     with torch.no_grad():
         for m in (1, 3, 1, 1100):
             check(layers, stored, torch.randn(m, CASES[case].k, device=device).half())
@@ -64,7 +64,7 @@ def test_the_product(case: str, device: str):
 @pytest.mark.parametrize("case", CASES)
 def test_one_by_one_while_gradients_are_recorded(case: str, device: str):
     layers, stored = build(CASES[case], device)
-    join(layers)
+    join_siblings(layers)
     for m in (1, 1100):
         check(layers, stored, torch.randn(m, CASES[case].k, device=device).half())
     assert multiplies_in_one(layers)
@@ -73,7 +73,7 @@ def test_one_by_one_while_gradients_are_recorded(case: str, device: str):
 @pytest.mark.parametrize("case", CASES)
 def test_the_stored_tensors_come_back(case: str, device: str):
     layers, stored = build(CASES[case], device)
-    join(layers)
+    join_siblings(layers)
     for layer, tensors in zip(layers, stored, strict=True):
         for name, tensor in vars(layer.checkpoint_tensors()).items():
             original = getattr(tensors, name)
@@ -86,18 +86,18 @@ def test_the_stored_tensors_come_back(case: str, device: str):
 
 def test_different_inputs_part_them(device: str, caplog: pytest.LogCaptureFixture):
     layers, stored = build(CASES["act-order"], device)
-    join(layers)
+    join_siblings(layers)
     x, y = (torch.randn(2, 256, device=device).half() for _ in range(2))
     with torch.no_grad(), caplog.at_level("DEBUG", "graftq"):
         check(layers, stored, x, y, y)
         assert not multiplies_in_one(layers)
-        assert [record.name for record in caplog.records] == ["graftq.quant_linear.gpu.joint"]
+        assert [record.name for record in caplog.records] == ["graftq.quant_linear.gpu.siblings"]
         check(layers, stored, x)
 
 
 def test_an_input_without_numbers_does_not_part_them(device: str):
     layers, _ = build(CASES["symmetric"], device)
-    join(layers)
+    join_siblings(layers)
     x = torch.full((2, 256), float("nan"), device=device, dtype=torch.float16)
     with torch.no_grad():
         assert all(layer(x).isnan().all() for layer in layers)
@@ -106,7 +106,7 @@ def test_an_input_without_numbers_does_not_part_them(device: str):
 
 def test_a_changed_input_parts_them(device: str):
     layers, stored = build(CASES["symmetric"], device)
-    join(layers)
+    join_siblings(layers)
     x = torch.randn(2, 256, device=device).half()
     with torch.no_grad():
         check(layers[:1], stored[:1], x)
@@ -118,7 +118,7 @@ def test_a_changed_input_parts_them(device: str):
 @pytest.mark.parametrize("first", [1, 2])
 def test_another_order_of_calls_parts_them(first: int, device: str):
     layers, stored = build(CASES["symmetric"], device)
-    join(layers)
+    join_siblings(layers)
     with torch.no_grad():
         check(
             layers[first:] + layers[:first], stored[first:] + stored[:first], torch.randn(2, 256, device=device).half()
@@ -127,7 +127,7 @@ def test_another_order_of_calls_parts_them(first: int, device: str):
 
 def test_moving_or_casting_one_parts_them(device: str):
     layers, stored = build(CASES["act-order"], device)
-    join(layers)
+    join_siblings(layers)
     layers[1].to(device)
     assert multiplies_in_one(layers)
     layers[1].to(torch.bfloat16).to(torch.float16)
@@ -143,7 +143,7 @@ def test_moving_or_casting_one_parts_them(device: str):
 
 def test_a_layer_that_gives_its_tensors_away_leaves_the_others_theirs(device: str):
     layers, stored = build(CASES["act-order"], device)
-    join(layers)
+    join_siblings(layers)
     layers[0].release()
     with torch.no_grad():
         check(layers[1:], stored[1:], x := torch.randn(2, 256, device=device).half(), x)
@@ -162,14 +162,14 @@ UNLIKE = {
 @pytest.mark.parametrize("difference", UNLIKE)
 def test_layers_that_differ_are_left_alone(difference: str, device: str):
     layers = [build(shape, device)[0][0] for shape in (CASES["symmetric"], UNLIKE[difference])]
-    assert not join(layers)
+    assert not join_siblings(layers)
     assert not any(layer.joint for layer in layers)
 
 
 @pytest.mark.parametrize("proven", [True, False], ids=["after an eager call", "before any"])
 def test_one_product_in_a_compiled_graph(proven: bool, device: str):
     layers, stored = build(CASES["act-order"], device)
-    join(layers)
+    join_siblings(layers)
     products = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:

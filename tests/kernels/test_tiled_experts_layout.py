@@ -10,7 +10,7 @@ import torch
 from support.experts import ORDERS, Experts, build
 from support.projections import Shape
 
-from graftq.quant_linear.gpu.experts_layout import TiledExpertsLayout
+from graftq.quant_linear.gpu.experts.layout import TiledExpertsLayout
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.reference import TorchExperts
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.projections import Shape, make
 
-from graftq.quant_linear.gpu.layout import NO_ROW, TiledLayout
+from graftq.quant_linear.gpu.tiled_layout import NO_ROW, TiledLayout
 from graftq.quant_linear.layouts import GptqTensors
 
 

@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
-from graftq.quant_linear.gpu.layout import PADDED_N
-from graftq.quant_linear.gpu.tiles import FUSED_TOKENS, Device, choose
+from graftq.quant_linear.gpu.tile_heuristics import FUSED_TOKENS, Device, choose
+from graftq.quant_linear.gpu.tiled_layout import PADDED_N
 
 H100 = Device("cuda", 90, 132)
 OTHERS = [Device("cuda", 80, 108), Device("hip", 0, 304), Device("xpu", 0, 64)]

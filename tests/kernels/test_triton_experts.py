@@ -13,7 +13,7 @@ from support.experts import ORDERS, STYLES, Experts, build, expected, rebuilt, r
 from support.projections import relative_error
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.experts import TritonExperts
+from graftq.quant_linear.gpu.experts.provider import TritonExperts
 from graftq.quant_linear.reference import TorchExperts
 from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Verdict
 
@@ -117,7 +117,7 @@ def test_tokens(tokens: int, device: str):
 
 def test_more_tokens_than_go_through_at_once(device: str, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr("graftq.quant_linear.gpu.experts_ops.TOKENS_AT_ONCE", 2)
+    monkeypatch.setattr("graftq.quant_linear.gpu.experts.ops.TOKENS_AT_ONCE", 2)
     check(Experts(count=2), device, (5,), top_k=1)
 
 

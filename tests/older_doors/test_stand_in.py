@@ -71,7 +71,7 @@ print(find_spec("auto_gptq"))
 def test_doctor_says_so() -> None:
     code = """
 import os
-from graftq.plugin.doctor import _taken_over as tell
+from graftq.plugin.cli.doctor import _taken_over as tell
 print(tell("auto_gptq"))
 os.environ["GRAFTQ_AUTO_GPTQ"] = "1"
 print(tell("auto_gptq"))

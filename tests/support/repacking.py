@@ -11,7 +11,7 @@ import torch
 from graftq.plugin import manager
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.layout import TiledLayout
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.layouts import GptqTensors, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.reference import TorchExperts, TorchProvider

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from graftq.quant_linear.checkpoint import TensorInfo, torch_dtypes
-from graftq.quant_linear.checks import Declared, check_values, spec_from_headers
+from graftq.plugin.checkpoint.headers import TensorInfo, torch_dtypes
+from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
 from graftq.quant_linear.spec import QuantSpec
 from support.gptq import Recipe
 

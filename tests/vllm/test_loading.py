@@ -266,11 +266,11 @@ SIGNATURES = {
     "output_size params_dtype extra_weight_attrs",
     "linear.GraftqLinearMethod.process_weights_after_loading": "layer",
     "linear.GraftqLinearMethod.apply": "layer x bias",
-    "moe.GraftqMoEMethod.create_weights": "layer num_experts hidden_size intermediate_size_per_partition params_dtype "
+    "fused_moe.GraftqMoEMethod.create_weights": "layer num_experts hidden_size intermediate_size_per_partition params_dtype "
     "extra_weight_attrs",
-    "moe.GraftqMoEMethod.process_weights_after_loading": "layer",
-    "moe.GraftqMoEMethod.get_fused_moe_quant_config": "layer",
-    "moe.GraftqMoEMethod.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",
+    "fused_moe.GraftqMoEMethod.process_weights_after_loading": "layer",
+    "fused_moe.GraftqMoEMethod.get_fused_moe_quant_config": "layer",
+    "fused_moe.GraftqMoEMethod.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",
     "config.GraftqConfig.get_quant_method": "layer prefix",
     "config.GraftqConfig.maybe_update_config": "model_name hf_config revision",
     "config.GraftqConfig.apply_vllm_mapper": "hf_to_vllm_mapper",

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from graftq.adapters.vllm.config import GraftqConfig
 from graftq.adapters.vllm.linear import GraftqLinearMethod
-from graftq.adapters.vllm.moe import GraftqMoEMethod
+from graftq.adapters.vllm.fused_moe import GraftqMoEMethod
 
 def names(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]

@@ -67,13 +67,13 @@ def test_switched_off(
 def test_failure_is_recorded_not_raised(stand_in: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     from vllm.model_executor.layers import quantization
 
-    from graftq.plugin import faults
+    from graftq.plugin import failures
 
     del quantization.register_quantization_config
     register()
     (record,) = caplog.records
     assert "is left out" in record.message
-    faults.recorded.pop("taking over vLLM's GPTQ loading")
+    failures.recorded.pop("taking over vLLM's GPTQ loading")
 
 
 def test_import_brings_in_neither_torch_nor_vllm() -> None:

@@ -9,19 +9,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from graftq.adapters.transformers import loading
-from graftq.adapters.transformers.registry import DeferringQuantizer
-from graftq.adapters.transformers.shared import (
-    Projection,
+from graftq.adapters.transformers.packed_layers import (
+    PlacedProjection,
     bind,
     check_all_values,
     features,
     idle_biases,
     refuse_holes,
 )
+from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.v4.experts import fuse_experts
-from graftq.plugin.config import QuantConfig
-from graftq.quant_linear.checkpoint import CheckpointIndex, torch_dtypes
-from graftq.quant_linear.checks import spec_from_headers
+from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
+from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 
 
@@ -31,7 +31,7 @@ class GptqHfQuantizer(DeferringQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         # Needed from the skeleton to the last weight, then dropped.
-        self._plan: dict[str, Projection] = {}
+        self._plan: dict[str, PlacedProjection] = {}
         self._unplaced: list[str] = []
         self._index = CheckpointIndex({})
 
@@ -72,7 +72,7 @@ class GptqHfQuantizer(DeferringQuantizer):
                 self._unplaced.append(stored)
                 continue
             spec = spec_from_headers(stored, infos, config.for_module(stored), *features(layer))
-            self._plan[target] = Projection(stored, infos, spec)
+            self._plan[target] = PlacedProjection(stored, infos, spec)
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Raise where transformers would fill a hole in the model with random numbers and a warning.

@@ -1,0 +1,84 @@
+"""What the server is loading: the GPTQ parameters, and the tensors that the files have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftq.plugin.checkpoint import weight_files
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
+from graftq.plugin.checkpoint.source import Source
+from graftq.quant_linear.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+asked_for: ContextVar[tuple[str, str | None]] = ContextVar("graftq_tgi_model")
+"""Model and revision that the server is making a weights loader for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's files.
+
+    Attributes:
+        config: The GPTQ parameters; None where no file states them.
+        index: All tensors.
+        projections: Those of quantised projections, by module and suffix.
+        file: The first file, for messages.
+    """
+
+    config: QuantConfig | None
+    index: CheckpointIndex
+    projections: Mapping[str, Mapping[str, TensorInfo]]
+    file: str
+
+    @classmethod
+    def open(cls, model_id: str, revision: str | None, files: Sequence[str]) -> Checkpoint:
+        """Read the parameters and the headers of ``files``, those that the server is going to load.
+
+        Raises:
+            CheckpointError: if parameters are damaged, or a file is absent, truncated or malformed.
+        """
+        source = Source(model_id, {"revision": revision} if revision else {})
+        weight_map = weight_files.read_weight_map(source, INDEX) if source.cached(INDEX) else None
+        config, index = read_config(source), CheckpointIndex.open(files, weight_map)
+        return cls(config, index, index.projections(), files[0] if files else model_id)
+
+    def require_config(self, weights: Any) -> QuantConfig:
+        """The parameters, from wherever they are stated.
+
+        Raises:
+            CheckpointError: if nothing states them.
+        """
+        if self.config is not None:
+            return self.config
+        if not weights.has_tensor("gptq_bits"):
+            reason = f"packed weights, but there is no {QUANTIZE_CONFIG}, so nothing says how to unpack them"
+            raise CheckpointError(reason, file=self.file)
+        # As `text-generation-server quantize` used to write them; asymmetric unless a later version says otherwise.
+        stated = {"bits": "gptq_bits", "group_size": "gptq_groupsize", "sym": "gptq_sym"}
+        raw = {
+            key: weights.get_tensor(name, to_device=False).item()
+            for key, name in stated.items()
+            if weights.has_tensor(name)
+        }
+        return QuantConfig.from_dict({"sym": False, **raw}, self.file)
+
+
+def read_config(source: Source) -> QuantConfig | None:
+    """The parameters in ``config.json``, or else in ``quantize_config.json``; None if neither has any.
+
+    Raises:
+        CheckpointError: if they are damaged, or not GPTQ's.
+    """
+    for name in ("config.json", QUANTIZE_CONFIG):
+        path = source.fetch(name)
+        whole = parse_json(Path(path).read_text(encoding="utf-8"), source.describe(name)) if path else {}
+        raw = whole.get("quantization_config") if name == "config.json" else whole
+        if raw:
+            return QuantConfig.from_dict(raw, source.describe(name))
+    return None

@@ -1,0 +1,130 @@
+"""What loading with transformers 4 and with 5 has in common; imports nothing that only one of them has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from graftq.adapters.transformers.joining import join_model_siblings
+from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, torch_dtypes
+from graftq.plugin.checkpoint.validation import check_values
+from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class PlacedProjection:
+    """A quantised projection of the files.
+
+    Attributes:
+        stored: Its name there.
+        infos: Its tensors by suffix.
+        spec: Its description.
+        container: For an expert's projection, the module that runs all experts, where the model has one; otherwise "".
+    """
+
+    stored: str
+    infos: Mapping[str, TensorInfo]
+    spec: QuantSpec
+    container: str = ""
+
+    @property
+    def has_idle_bias(self) -> bool:
+        """Whether the files hold a bias that the model's layer has not: the checks have made sure that it is zeros."""
+        return "bias" in self.infos and not self.spec.has_bias
+
+    def empty(self, dtype: torch.dtype) -> QuantLinear:
+        """A layer on the meta device, with the dtypes that the files have; ``dtype`` is the model's."""
+        known = torch_dtypes()
+        dtypes = {suffix: known[info.dtype] for suffix, info in self.infos.items()}
+        if not self.spec.has_bias:
+            dtypes.pop("bias", None)
+        return QuantLinear(self.spec, choose_kernel, dtypes, dtype, device="meta")
+
+
+def features(layer: Any) -> tuple[int, int, bool]:
+    """``(in_features, out_features, has_bias)`` of a linear layer, or of what has a weight like one."""
+    n, k = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
+    return k, n, getattr(layer, "bias", None) is not None
+
+
+def check_all_values(projections: dict[str, PlacedProjection], index: CheckpointIndex, config: QuantConfig) -> None:
+    """Read the small tensors of all projections, check them, and complete the specs by what they say.
+
+    Raises:
+        CheckpointError: naming file, module and reason.
+    """
+    for target, values in index.read_small({target: one.infos for target, one in projections.items()}):
+        one = projections[target]
+        spec = check_values(one.stored, one.infos, one.spec, config.for_module(one.stored), values)
+        projections[target] = replace(one, spec=spec)
+
+
+def idle_biases(projections: Mapping[str, PlacedProjection], base: str) -> set[str]:
+    """Patterns for the biases that AutoGPTQ writes for every layer, in any layer, with or without the ``base`` prefix.
+
+    They are for transformers' list of tensors that the files may have and the model has not.
+    """
+    names = [target.removeprefix(f"{base}.") for target, one in projections.items() if one.has_idle_bias]
+    return {re.sub(r"\d+", r"\\d+", re.escape(name)) + r"\.bias$" for name in names}
+
+
+def refuse_holes(model: Any, missing: Iterable[str], index: CheckpointIndex, unplaced: list[str]) -> None:
+    """Raise where transformers would fill a hole in the model with random numbers and a warning.
+
+    Args:
+        model: The model.
+        missing: Names of its weights that the files do not have; of a new head they may be.
+        index: The files.
+        unplaced: Packed projections for which the model has no place.
+
+    Raises:
+        CheckpointError: naming the weight.
+    """
+    essential, ignored = _essential_prefixes(model), model._keys_to_ignore_on_load_missing or ()
+    for name in missing:
+        if name.startswith(essential) and not any(re.search(pattern, name) for pattern in ignored):
+            file = next(iter(index.tensors.values())).file if index.tensors else None
+            lost = f"; packed tensors without a place: {', '.join(unplaced[:3])}" if unplaced else ""
+            raise CheckpointError(f"no tensor in the checkpoint for this weight{lost}", file=file, module=name)
+
+
+def _essential_prefixes(model: Any) -> tuple[str, ...]:
+    """What the names of the base model's and its output embedding's parameters begin with; a new head's do not."""
+    if model.base_model is model:
+        return ("",)
+    output = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is output and output is not None]
+    return tuple(f"{part}." for part in (model.base_model_prefix, *heads))
+
+
+def packed_modules(model: nn.Module) -> Iterator[QuantLinear | QuantExperts]:
+    """Packed layers, and packed experts as one each."""
+    for child in model.children():
+        if isinstance(child, (QuantLinear, QuantExperts)):
+            yield child
+        else:
+            yield from packed_modules(child)
+
+
+def bind(model: nn.Module, dtype: torch.dtype) -> None:
+    """Choose kernels for packed layers and experts; those with offloaded weights keep the checkpoint's layout."""
+    for module in packed_modules(model):
+        layers = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
+        packed = [tensor for layer in layers for tensor in layer.parameters()]
+        for tensor in packed:
+            tensor.requires_grad_(False)
+        module.pinned = any(tensor.is_meta for tensor in packed)
+        if not module.pinned:
+            module.bind(packed[0].device.type, dtype)
+    join_model_siblings(model)

@@ -1,0 +1,70 @@
+"""What the layers of one model ask about its checkpoint, and tell about themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from graftq.adapters.vllm.stored_modules import StoredModules
+from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.source import Source
+
+METHOD = "graftq"
+"""The name of our quantisation method, as in ``quantization="graftq"``."""
+
+
+class BaseConfig(QuantizationConfig):
+    """The part of graftq's configuration that knows the checkpoint, and no layer.
+
+    Attributes:
+        gptq: The GPTQ parameters.
+    """
+
+    def __init__(self, config: QuantConfig):
+        super().__init__()
+        self.gptq = config
+        self._where: tuple[str, dict[str, Any]] | None = None
+        self._chosen = hashlib.sha256()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follow a model's renaming of modules."""
+        self.stored.rename(hf_to_vllm_mapper.apply_list)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Learn where the checkpoint is."""
+        self._where = (model_name, {} if revision is None else {"revision": revision})
+
+    @cached_property
+    def stored(self) -> StoredModules:
+        """What the checkpoint's files hold; looked at when the first layer is made."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        if self._where is None:
+            raise RuntimeError("vLLM has not said which checkpoint this configuration belongs to")
+        name, hub = self._where
+        current = get_current_vllm_config_or_none()
+        if current is not None and current.load_config.download_dir:
+            hub = {**hub, "cache_dir": current.load_config.download_dir}
+        return StoredModules(Source(name, hub))
+
+    def remember(self, chosen: str) -> None:
+        """Make what a layer has become part of the key under which vLLM caches compiled models.
+
+        A model may be the same to vLLM, and another to its compiler: with another kernel, or q, k and v apart.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        self._chosen.update(chosen.encode())
+        current = get_current_vllm_config_or_none()
+        if current is not None and isinstance(current.additional_config, dict):
+            current.additional_config[METHOD] = self._chosen.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is sent to workers has seen no layer yet; they look at the files themselves.
+        return {name: value for name, value in vars(self).items() if name not in ("_chosen", "stored")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_chosen": hashlib.sha256()}

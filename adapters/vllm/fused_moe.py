@@ -1,0 +1,213 @@
+"""The routed experts of a mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+from graftq.adapters.vllm.base_config import BaseConfig
+from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
+from graftq.plugin.checkpoint.headers import SUFFIXES
+from graftq.plugin.manager import choose_experts_kernel, choose_kernel
+from graftq.quant_linear.activations import Activate, Activation
+from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.linear import QuantLinear
+
+NAMES = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
+"""vLLM's names for an expert's projections, and what checkpoints call them."""
+
+ACTIVATIONS = {
+    "silu": Activation("silu"),
+    "gelu": Activation("gelu"),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "relu2": Activation("relu2"),
+    "swigluoai": Activation("swiglu_oai", alpha=1.702, limit=7.0),
+}
+"""By the value of vLLM's ``MoEActivation``, less ``_no_mul``, which stands for an expert without a gate."""
+
+
+class GraftqMoEMethod(FusedMoEMethodBase):
+    """What vLLM calls for the quantised experts of one layer.
+
+    Args:
+        config: The checkpoint's.
+        moe: vLLM's description of the layer.
+        names: The stored names of the experts' projections, by number and name.
+    """
+
+    def __init__(self, config: BaseConfig, moe: Any, names: Mapping[tuple[int, str], str]):
+        super().__init__(moe)
+        self.config = config
+        self.names = names
+        self.arriving: dict[tuple[int, str], ProjectionLoader] = {}
+        self.hidden = self.intermediate = 0
+        self.dtype = torch.get_default_dtype()
+        self.device = torch.get_default_device()
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
+        self.hidden, self.intermediate, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
+        self.activate = _activate(layer)
+        for name in _parameters():
+            empty = nn.Parameter(torch.empty(0, dtype=torch.int32, device=self.device), requires_grad=False)
+            loader = partial(self.load, layer, name.partition("_")[2])
+            loader.supports_moe_loading = True  # type: ignore[attr-defined] # some models ask
+            empty.weight_loader = loader  # type: ignore[attr-defined]
+            layer.register_parameter(name, empty)
+
+    def load(
+        self,
+        layer: Any,
+        suffix: str,
+        param: nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Take one whole tensor of one expert; those of other ranks' experts are passed over.
+
+        Raises:
+            CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
+        """
+        if shard_id not in NAMES:  # GPT-OSS's own, for experts that are fused in the files
+            reason = f"graftq does not know vLLM's shard {shard_id!r}"
+            raise self.config.stored.explain(CheckpointError(reason, module=f"{layer.layer_name}.{expert_id}"))
+        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local >= 0:
+            if (local, shard_id) not in self.arriving:
+                self.arriving[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
+            try:
+                self.arriving[local, shard_id].put(suffix, loaded_weight)
+            except CheckpointError as error:
+                raise self.config.stored.explain(error) from error
+        return local >= 0 if return_success else None
+
+    def _expect(self, module: str, shard: str) -> ProjectionLoader:
+        parallel = self.moe.moe_parallel_config
+        start = parallel.tp_rank * self.intermediate
+        stop, whole = start + self.intermediate, parallel.tp_size * self.intermediate
+        declared = self.config.gptq.for_module(module)
+        if shard == "w2":
+            cut = inputs(start, stop, keep_bias=parallel.tp_rank == 0)
+            return ProjectionLoader(module, declared, whole, self.hidden, cut, self.device, self.moe.has_bias)
+        cut = outputs((start, stop))
+        return ProjectionLoader(module, declared, self.hidden, whole, cut, self.device, self.moe.has_bias)
+
+    def _name(self, layer: Any, expert: int, shard: str) -> str:
+        """The stored name of a projection, or where none is known, what vLLM would call it."""
+        known = (self.names[expert, name] for name in NAMES[shard] if (expert, name) in self.names)
+        return next(known, f"{layer.layer_name}.{expert}.{shard}")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything has come, and make packed experts of it.
+
+        Raises:
+            CheckpointError: naming file, module and reason, if anything is missing or damaged.
+        """
+        if hasattr(layer, "graftq"):
+            return
+        shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        if not layer.activation.is_gated:
+            shards = {"up_proj": "w1", "down_proj": "w2"}
+        try:
+            experts = [
+                QuantExpert({name: self._linear(layer, expert, shard) for name, shard in shards.items()})
+                for expert in range(layer.local_num_experts)
+            ]
+        except CheckpointError as error:
+            raise self.config.stored.explain(error) from error
+        self.arriving = {}
+        packed = QuantExperts(experts, choose_experts_kernel, self.activate)
+        packed.bind(self.device.type, self.dtype)
+        for name in _parameters():
+            if name != "w2_qweight":  # LoRA asks it for the device
+                delattr(layer, name)
+        layer.graftq = packed
+        self.config.remember(f"{layer.layer_name}: {packed}")
+
+    def _linear(self, layer: Any, local: int, shard: str) -> QuantLinear:
+        found = self.arriving.get((local, shard))
+        if found is None:
+            ours = (e for e in range(layer.global_num_experts) if _local(layer, e) == local)
+            module = self._name(layer, next(ours, local), shard)
+            raise CheckpointError("no tensor in the checkpoint for this projection", module=module)
+        ((tensors, spec),) = found.parts()
+        return QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: vLLM's own kernels are not used."""
+        return None
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x`` [tokens, hidden], weights and ids [tokens, top_k]; this rank's part of the sum, [tokens, hidden]."""
+        if layer.apply_router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        if layer.expert_map is not None:  # other ranks' experts are -1 to vLLM, and beyond the last one to us
+            local = layer.expert_map[topk_ids.long()]
+            topk_ids = torch.where(local < 0, layer.local_num_experts, local)
+        if torch.compiler.is_compiling():  # where vLLM's own operator around all this does not hide it (CPU)
+            return torch.ops.graftq.vllm_experts(x, topk_ids, topk_weights, layer.layer_name)
+        return layer.graftq(x, topk_ids, topk_weights)
+
+
+def _local(layer: Any, expert: int) -> int:
+    return layer._map_global_expert_id_to_local_expert_id(expert)
+
+
+def _parameters() -> list[str]:
+    return [f"{name}_{suffix}" for name in ("w13", "w2") for suffix in SUFFIXES]
+
+
+def _activate(layer: Any) -> Activate:
+    name = layer.activation.value
+    known = ACTIVATIONS.get(name.removesuffix("_no_mul"))
+    if known is None or (getattr(layer, "swiglu_limit", None) is not None and known.name != "swiglu_oai"):
+        raise NotImplementedError(f"{layer.layer_name}: graftq does not know the experts' activation {name!r}")
+    if not layer.activation.is_gated:
+        return partial(known, None)
+    return partial(_gated, known)
+
+
+def _gated(activation: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return activation(*x.chunk(2, dim=-1))
+
+
+def _run_by_name(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_name: str) -> torch.Tensor:
+    from vllm.forward_context import get_forward_context
+
+    runner = get_forward_context().no_compile_layers[layer_name]
+    return runner.routed_experts.graftq(x, topk_ids, topk_weights)
+
+
+_library = torch.library.Library("graftq", "FRAGMENT")
+_library.define("vllm_experts(Tensor x, Tensor topk_ids, Tensor topk_weights, str layer_name) -> Tensor")
+_library.impl("vllm_experts", _run_by_name, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("graftq::vllm_experts", lib=_library)
+def _(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_name: str) -> torch.Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,166 @@
+"""What the checkpoint's files say is quantised, by the names that vLLM gives to modules.
+
+vLLM streams tensors into layers and says neither which file they come from nor, to a layer that is being made, whether
+any will come. So the headers are looked at beforehand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
+from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.weight_files import NOT_WEIGHTS, SAFE_ENDINGS, read_weight_map
+from graftq.quant_linear.errors import CheckpointError
+
+PACKED = (".qweight", ".qzeros")
+
+Mapper = Callable[[list[str]], list[str]]
+"""From names as stored to vLLM's names, as ``WeightsMapper.apply_list``; what it drops is missing from the result."""
+
+
+class StoredModules:
+    """The quantised modules of one checkpoint.
+
+    Args:
+        source: Where the checkpoint is.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._mappers: list[Mapper] = []
+
+    def rename(self, mapper: Mapper) -> None:
+        """Apply a model's renaming to all names; models bring theirs while they are being made."""
+        self._mappers.append(mapper)
+        for name in ("quantised", "plain", "_tails"):
+            self.__dict__.pop(name, None)
+
+    def layer(self, prefix: str, parts: Sequence[str] = ()) -> list[str]:
+        """The stored names of a linear layer's projections; empty if it is not quantised.
+
+        Args:
+            prefix: vLLM's name of the layer.
+            parts: What vLLM has fused into it, by the last part of their names (``q_proj``, ...).
+
+        Raises:
+            CheckpointError: if only some of the parts are quantised.
+        """
+        if prefix in self.quantised:
+            return [self.quantised[prefix]]
+        parent = prefix.rpartition(".")[0]
+        names = [f"{parent}.{part}" if parent else part for part in parts]
+        found = [name for name in names if name in self.quantised]
+        if found and len(found) == len(names):
+            return [self.quantised[name] for name in names]
+        if found:
+            other = next(name for name in names if name not in found)
+            raise CheckpointError(
+                f"quantised, but {other} is not, and vLLM holds both in one layer, {prefix}",
+                file=self.file_of(self.quantised[found[0]]),
+                module=self.quantised[found[0]],
+            )
+        if prefix in self.plain or any(name in self.plain for name in names):
+            return []
+        # A model that renames in code of its own: what follows the first number is the same in all namings.
+        tails = [self._tails.get(tail) for tail in map(_tail, [prefix, *names]) if tail]
+        return [name for name in tails if name]
+
+    def experts(self, prefix: str) -> dict[tuple[int, str], str]:
+        """The stored names of the experts' projections below ``prefix``, by number and name; empty if not quantised."""
+        prefix = prefix.removesuffix(".routed_experts")
+        found = {}
+        for name, stored in self.quantised.items():
+            if name.startswith(f"{prefix}."):
+                first, _, second = name[len(prefix) + 1 :].partition(".")
+                number, own = (first, second) if first.isdigit() else (second, first)
+                if number.isdigit():
+                    found[int(number), own] = stored
+        return found
+
+    def explain(self, error: CheckpointError) -> CheckpointError:
+        """The same error, with the file that shows it."""
+        if error.file or not error.module:
+            return error
+        return CheckpointError(error.reason, file=self.file_of(error.module), module=error.module)
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor, or a tensor of a module; the checkpoint's own name if that cannot be told."""
+        for tensor, info in self.index.tensors.items():
+            if tensor == name or tensor.startswith(f"{name}."):
+                return info.file
+        return self.source.name
+
+    def idle_bias(self, stored: str) -> torch.Tensor | None:
+        """The bias that the files hold for a module, to be asked for where the model's layer has none."""
+        name = f"{stored}.bias"
+        if name not in self.index.tensors:
+            return None
+        return next(tensor for _, tensor in self.index.read([name])).clone()
+
+    @cached_property
+    def index(self) -> CheckpointIndex:
+        """The headers of the files on this machine; complete once vLLM has downloaded them."""
+        config = self.source.cached("config.json")
+        return CheckpointIndex({}) if config is None else CheckpointIndex.open(_weight_files(Path(config).parent))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All tensors' names as stored.
+
+        Raises:
+            CheckpointError: if nobody can tell them before loading.
+        """
+        if self.source.is_local:
+            names = self.index.tensors.keys()
+        else:  # the files may be yet to come
+            from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+            names = get_safetensors_params_metadata(self.source.name, revision=self.source.hub.get("revision")).keys()
+        if not names:
+            raise CheckpointError("no weight file whose header could be read", file=self.source.name)
+        return frozenset(names)
+
+    @cached_property
+    def quantised(self) -> dict[str, str]:
+        """Modules with packed tensors: vLLM's name to the stored one."""
+        stored = sorted({name.rpartition(".")[0] for name in self.names if name.endswith(PACKED)})
+        return {new: name for name in stored if (new := self._map(name, ".qweight"))}
+
+    @cached_property
+    def plain(self) -> frozenset[str]:
+        """Modules with a plain weight, by vLLM's names."""
+        stored = {name.removesuffix(".weight") for name in self.names if name.endswith(".weight")}
+        return frozenset(new for name in stored if (new := self._map(name, ".weight")))
+
+    @cached_property
+    def _tails(self) -> dict[str, str]:
+        return {tail: stored for name, stored in self.quantised.items() if (tail := _tail(name))}
+
+    def _map(self, name: str, suffix: str) -> str:
+        names = [name + suffix]  # patterns may expect a tensor's name
+        for mapper in self._mappers:
+            names = mapper(names)
+        return names[0].removesuffix(suffix) if names else ""
+
+
+def _tail(name: str) -> str:
+    found = re.search(r"[^.]+\.\d+\..+$", name)
+    return found[0] if found else ""
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files that vLLM loads: those that an index names, else all safetensors, else pickles."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(NOT_WEIGHTS))
+    indices = [name for name in names if name.endswith(SAFE_ENDINGS[1])]
+    if indices:
+        names = sorted(set(read_weight_map(Source(str(folder)), indices[0]).values()))
+    else:
+        safe = [name for name in names if name.endswith(SAFE_ENDINGS[0])]
+        names = safe or [name for name in names if name.endswith(PICKLE_ENDINGS)]
+    return [str(folder / name) for name in names]

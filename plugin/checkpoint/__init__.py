@@ -1,0 +1,17 @@
+"""What a checkpoint on disk says: its configuration, its files, and whether its tensors bear both out.
+
+=================  ============================================================================
+module             what it answers
+=================  ============================================================================
+source             where the checkpoint is: a folder or a repository, asked for files by name
+configuration      the GPTQ parameters, from ``config.json`` or ``quantize_config.json``
+weight_files       which files hold the weights
+headers            which tensors these hold, of which shape and dtype
+validation         from the tensors of one projection to its ``QuantSpec``, or a named refusal
+projections        the same for every projection of a checkpoint, without a model
+inspection         all of the above for ``graftq inspect``
+oddities           what is unusual, and has made other loaders fail
+=================  ============================================================================
+
+Importing this package imports neither torch nor a framework; values are read on demand.
+"""

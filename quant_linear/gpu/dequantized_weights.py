@@ -1,0 +1,84 @@
+"""The weights of one projection in plain, for products so large that cuBLAS beats unpacking in the product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from graftq.quant_linear.gpu.devices import program_for
+from graftq.quant_linear.gpu.tiled_layout import TILE_N, TiledLayout
+from graftq.quant_linear.kernels.dequant import dequantize_kernel
+from graftq.quant_linear.kernels.launch import Launch
+from graftq.quant_linear.spec import QuantSpec
+
+WORKSPACE_BYTES = 128 * 2**20
+"""Most memory that dequantised weights take at a time, unless one tile of 64 output rows needs more."""
+
+
+class TiledWeights(NamedTuple):
+    """The tensors of ``TiledLayout`` that a product reads, in the operators' order; ``qzeros`` None if symmetric."""
+
+    codes: torch.Tensor
+    high: torch.Tensor | None
+    scales: torch.Tensor
+    qzeros: torch.Tensor | None
+    order: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """Dequantised weights, a bounded run of output rows at a time, each over the last: (first row, [rows, places])."""
+    n, atoms = spec.out_features, weights.codes.shape[1]
+    device, scales = weights.codes.device, weights.scales
+    strides = (scales.stride(0), 0 if weights.qzeros is None else weights.qzeros.stride(0))
+    space = None
+    for first, count in runs_of(n, atoms, dtype.itemsize):
+        if space is None:  # the first run is the longest
+            space = torch.empty(count * TILE_N, atoms * 128, dtype=dtype, device=device)
+        _launch(spec.signature, first, count, atoms, scales.shape[0], strides, scales.dtype, dtype, device)(
+            weights.codes,
+            weights.codes if weights.high is None else weights.high,
+            scales,
+            weights.codes if weights.qzeros is None else weights.qzeros,
+            space,
+        )
+        yield first * TILE_N, space[: min(count * TILE_N, n - first * TILE_N)]
+
+
+def runs_of(n: int, atoms: int, itemsize: int) -> list[tuple[int, int]]:
+    """First tile and number of tiles of runs of even length, whose ``itemsize`` bytes a weight fit the workspace."""
+    tiles = -(-n // TILE_N)
+    most = max(1, WORKSPACE_BYTES // (TILE_N * 128 * atoms * itemsize))
+    step = -(-tiles // -(-tiles // most))
+    return [(first, min(step, tiles - first)) for first in range(0, tiles, step)]
+
+
+@lru_cache(maxsize=1024)
+def _launch(
+    signature: str,
+    first: int,
+    count: int,
+    atoms: int,
+    scale_rows: int,
+    strides: tuple[int, int],
+    scale_dtype: torch.dtype,  # the kernel is compiled for it
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    spec = QuantSpec.parse(signature)
+    return Launch(
+        dequantize_kernel,
+        (count, atoms, 1),
+        (first, spec.out_features, atoms, scale_rows, *strides),
+        (
+            spec.bits,
+            TiledLayout(spec).group(scale_rows),
+            spec.sym,
+            spec.zero_offset,
+            program_for(device, spec.bits, dtype, spec.sym),
+        ),
+        (("num_warps", 4), ("num_stages", 1)),
+    )

@@ -1,0 +1,50 @@
+"""What no kernel reads of packed experts, and restoring the checkpoint needs: its zero points, g_idx and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.layouts import STORED_DTYPES, GptqTensors, stored_dtypes
+
+
+@dataclass(frozen=True)
+class StoredMetadata:
+    """One projection's share; ``g_idx`` is None if the checkpoint stores none."""
+
+    qzeros: torch.Tensor
+    g_idx: torch.Tensor | None
+    scale_dtype: torch.dtype
+    bias_dtype: torch.dtype
+
+
+def pack_metadata(spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]]) -> dict[str, torch.Tensor]:
+    """``qzeros`` and ``g_idx`` of all experts in a row; ``dtypes`` int8 [E, projections, 3]: scales, bias, g_idx."""
+    every = [stored[name] for stored in experts for name in spec.names]
+    dtypes = stored_dtypes(every).to(every[0].qweight.device)
+    kept = {
+        "qzeros": torch.cat([tensors.qzeros.flatten() for tensors in every]),
+        "dtypes": dtypes.view(len(experts), len(spec.names), 3),
+    }
+    g_idx = [tensors.g_idx for tensors in every if tensors.g_idx is not None]
+    return kept | ({"g_idx": torch.cat(g_idx)} if g_idx else {})
+
+
+def metadata_of(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], name: str, expert: int) -> StoredMetadata:
+    """One projection's share of what :func:`pack_metadata` gave, copied."""
+    number, own = spec.names.index(name), spec.of(name)[expert]
+    every = [specs[other] for other in range(expert + 1) for _, specs in spec.projections]
+    before = every[: expert * len(spec.names) + number]
+    zeros = sum(each.num_groups * each.packed_zero_columns for each in before)
+    rows = sum(each.stored_g_idx for each in before)
+    scale, bias, g_idx = (STORED_DTYPES[code] for code in tensors["dtypes"][expert, number].tolist())
+    qzeros = tensors["qzeros"][zeros : zeros + own.num_groups * own.packed_zero_columns]
+    return StoredMetadata(
+        qzeros.clone().view(own.num_groups, own.packed_zero_columns),
+        tensors["g_idx"][rows : rows + own.stored_g_idx].to(g_idx, copy=True) if own.stored_g_idx else None,
+        scale,
+        bias,
+    )

@@ -1,0 +1,111 @@
+"""Which row of the experts' two stacks holds which stored column of which projection; no weights, just numbers.
+
+The two forms are those of ``experts_layout``. The columns of the first stack are the activation's inputs
+(``[gate; up]``, or interleaved), then those that the writer padded; of ``down_proj``, or of a stack of one, as stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.gpu.tiled_layout import NO_ROW, PADDED_N, RowOrder
+
+HALF_FRAGMENT = 8
+"""Rows of gate, then of up, that alternate in the fused form."""
+
+
+@dataclass(frozen=True)
+class StackRows:
+    """The rows of the first stack (gate and up) and the second (``down_proj``)."""
+
+    spec: ExpertsSpec
+
+    @property
+    def up_names(self) -> tuple[str, ...]:
+        """The projections that make the first stack."""
+        return self.spec.names[:-1]
+
+    @property
+    def intermediate(self) -> int:
+        """Inputs of ``down_proj``."""
+        return self.spec.of("down_proj")[0].in_features
+
+    @property
+    def part_rows(self) -> int:
+        """Rows from one projection to the next in the first stack's split form."""
+        return _padded(max(self.spec.of(name)[0].padded_out for name in self.up_names))
+
+    def columns(self, name: str, expert: int) -> torch.Tensor:
+        """The numbers of a projection's stored columns: int64 [padded_out]."""
+        padded_out = self.spec.of(name)[expert].padded_out
+        if name == "down_proj" or len(self.up_names) == 1:
+            return torch.arange(padded_out)
+        inner, is_up = self.intermediate, name == "up_proj"
+        inputs = torch.arange(inner)
+        inputs = inputs + is_up * inner if self.spec.is_concatenated else 2 * inputs + is_up
+        return torch.cat(
+            [inputs, torch.arange(2 * inner, 2 * inner + padded_out - inner) + is_up * (padded_out - inner)]
+        )
+
+    def fused_columns(self, expert: int, down: RowOrder, device: torch.device) -> torch.Tensor:
+        """The column of each row of the fused form: int32 [rows], :data:`NO_ROW` for padding.
+
+        Args:
+            expert: Its number.
+            down: Where the rows' values go as ``down_proj``'s inputs.
+            device: Where the result shall be.
+        """
+        inner = self.intermediate
+        place = torch.arange(down.rows, device=device)
+        value = place if down.order is None else down.order.long()
+        gates = 1 + self.spec.is_gated
+        total = sum(self.spec.of(name)[expert].padded_out for name in self.up_names)
+        extra = torch.arange(gates * inner, total, device=device)
+        used = gates * down.rows
+        columns = torch.full((_padded(used + len(extra)),), NO_ROW, dtype=torch.int64, device=device)
+        columns[used : used + len(extra)] = extra
+        if not self.spec.is_gated:
+            columns[:used] = torch.where(value < inner, value, NO_ROW)
+            return columns.to(torch.int32)
+        gate_row = place // HALF_FRAGMENT * (2 * HALF_FRAGMENT) + place % HALF_FRAGMENT
+        gate, up = (value, value + inner) if self.spec.is_concatenated else (2 * value, 2 * value + 1)
+        columns[gate_row] = torch.where(value < inner, gate, NO_ROW)
+        columns[gate_row + HALF_FRAGMENT] = torch.where(value < inner, up, NO_ROW)
+        return columns.to(torch.int32)
+
+    def fused_source(self, columns: torch.Tensor, expert: int) -> torch.Tensor:
+        """Of each row of the fused form, the place among the stack's stored columns, side by side; -1 for padding."""
+        numbers = torch.cat([self.columns(name, expert) for name in self.up_names]).to(columns.device)
+        place = torch.argsort(numbers)
+        return torch.where(columns != NO_ROW, place[columns.clamp(max=len(place) - 1).long()], -1)
+
+    def split_source(self, name: str, expert: int, device: torch.device) -> torch.Tensor:
+        """Of each row of a projection by itself, the stored column; -1 for padding."""
+        padded_out = self.spec.of(name)[expert].padded_out
+        index = torch.arange(_padded(padded_out) if name == "down_proj" else self.part_rows, device=device)
+        return torch.where(index < padded_out, index, -1)
+
+    def holding(self, name: str, expert: int, columns: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """The rows that hold a projection's stored columns: int64 [padded_out].
+
+        Args:
+            name: The projection.
+            expert: Its expert's number.
+            columns: What :meth:`fused_columns` gave for that expert; None in split form.
+            device: Where the result shall be.
+        """
+        if name == "down_proj" or columns is None:
+            first = 0 if name == "down_proj" else self.part_rows * self.up_names.index(name)
+            return torch.arange(first, first + self.spec.of(name)[expert].padded_out, device=device)
+        own = columns.long()
+        row = own.new_empty(int((own != NO_ROW).sum()))
+        real = torch.nonzero(own != NO_ROW).flatten()
+        row[own[real]] = real
+        return row[self.columns(name, expert).to(device)]
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // PADDED_N) * PADDED_N

@@ -1,0 +1,97 @@
+"""Which tiles the products of experts get: pure functions of the layer's sizes and the device, like ``tiles``.
+
+Nobody on the host knows how the tokens fall to the experts, so that the choice goes by what even routing would give.
+What the dense kernels' measurements (``docs/performance.md``) say carries over, product by product:
+
+* One token: each of its experts' rows are tiles of their own; eight programs of the vector kernel are resident on a
+  processor. The first product of Mixtral (2 experts, 448 tiles each) fills an H100 without splits of K and their
+  tail, and then has longer steps; the second and all of Qwen3's need splits, and long sums larger tiles.
+* Few tokens an expert: 16-token tiles cost what fewer would (the weights' bytes decide), and hold nearly any expert's
+  share, so that its weights are read once.
+* Many: 64 and 128 tokens, two groups of four warps to share them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from graftq.quant_linear.gpu.tile_heuristics import Device, Tile, filled, tile_splits
+
+TOKENS_AT_ONCE = 4096
+"""Most tokens that go through a layer together: bounds what lies between its products."""
+
+
+def has_vector_form(group: int) -> bool:
+    """Whether the kernels for a single token know groups of this size."""
+    return group % 128 == 0
+
+
+def tiles_bound(slots: int, experts: int, tokens: int) -> int:
+    """Tiles of ``tokens`` slots that suffice however they fall to the experts, as ``prepare_kernel`` counts them."""
+    return slots // tokens + min(experts, slots)
+
+
+@lru_cache(maxsize=1024)
+def slots_per_expert(slots: int, experts: int) -> float:
+    """Slots of an expert that has any, if each chooses evenly among all."""
+    return slots / (experts * (1 - (1 - 1 / experts) ** slots))
+
+
+@lru_cache(maxsize=1024)
+def choose_tokens(slots: int, experts: int) -> int:
+    """Slots in a tile, the same for both products, who share the routing."""
+    mean = slots_per_expert(slots, experts)
+    for tokens, most in ((16, 10.0), (32, 22.0), (64, 160.0)):
+        if mean <= most:
+            return tokens
+    return 128
+
+
+@lru_cache(maxsize=1024)
+def choose_sweep(slots: int, experts: int, tokens: int) -> int:
+    """Tiles of slots that go through the weights together: those of one expert, but no more than caches hold."""
+    return max(1, min(16, round(slots_per_expert(slots, experts) / tokens)))
+
+
+@lru_cache(maxsize=4096)
+def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, experts: int, tokens: int) -> Tile:
+    """The tile of one product for ``slots`` slots in tiles of ``tokens``.
+
+    Args:
+        device: Where it runs.
+        bits: Code width.
+        n: Output rows of an expert.
+        atoms: Atoms of 128 input rows.
+        slots: Tokens times experts of each.
+        experts: Experts of the layer.
+        tokens: From :func:`choose_tokens`.
+    """
+    mean = slots_per_expert(slots, experts)
+    tiles_m = max(1, round(slots / mean)) * max(1, -(-int(mean) // tokens))
+    cap = 128 if device.capability == 90 else None
+    if tokens == 16:
+        splits = tile_splits(5 * device.processors, n, 64, tiles_m, atoms, shortest=4)
+        unroll = 2 if atoms % 2 == 0 and splits == 1 else 1
+        return Tile(64, 16, unroll, splits)
+    if tokens == 32:
+        return Tile(64, 32, 1, tile_splits(4 * device.processors, n, 64, tiles_m, atoms, shortest=4))
+    if tokens == 64:
+        if -(-n // 128) * tiles_m <= device.processors:
+            return Tile(64, 64, 1, tile_splits(4 * device.processors, n, 64, tiles_m, atoms, shortest=8), registers=cap)
+        return Tile(128, 64, 1, 1, warps=8, registers=cap)
+    return Tile(128, 128, 1, 1, warps=8, registers=cap, scale_weights=True)
+
+
+@lru_cache(maxsize=1024)
+def choose_vector(device: Device, bits: int, n: int, atoms: int, top_k: int) -> Tile:
+    """The tile of one product for a single token's ``top_k`` experts; other arguments as :func:`choose_matrix`."""
+    unroll = 2 if atoms % 2 == 0 else 1
+    rows, resident = (128 if bits == 2 else 64), 8  # as for dense layers
+    registers = None
+    if bits in (3, 4) and tile_splits(8 * device.processors, n, 64, top_k, atoms, shortest=2) == 1:
+        unroll = 4 if atoms % 4 == 0 else unroll
+        registers = 64 if bits == 4 else None
+    elif bits == 4 and atoms >= 64:
+        rows, resident = 128, 5
+    splits = tile_splits(resident * device.processors, n, rows, top_k, atoms, shortest=2)
+    return Tile(rows, 1, unroll, filled(splits, atoms, unroll), stages=1, registers=registers)
