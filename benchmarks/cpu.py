@@ -1,4 +1,4 @@
-"""Time of quantised layers and experts on a CPU, beside bf16 layers and a plain read of the packed bytes.
+"""Time of quantized layers and experts on a CPU, beside bf16 layers and a plain read of the packed bytes.
 
     python benchmarks/cpu.py [--only dense|experts] [--csv cpu.csv]
 
@@ -41,7 +41,7 @@ Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ``ms`` per call, ``roof_ms`` of a plain read, ``bf16_ms`` of the unquantised layer."""
+    """One measurement: ``ms`` per call, ``roof_ms`` of a plain read, ``bf16_ms`` of the unquantized layer."""
 
     layer: str
     weights: str
@@ -120,7 +120,7 @@ def gptqmodel_kernel(spec: QuantSpec) -> type | None:
     """GPTQModel's fastest kernel for CPUs that computes bf16 layers; None where it has none, or is not installed.
 
     Its AVX-512 kernel is compiled at the first use, by the compiler that it wants for that. Its 8-bit kernel rounds the
-    weights anew, to one scale a row. For 3 bits, and 4 without groups, it dequantises at each call.
+    weights anew, to one scale a row. For 3 bits, and 4 without groups, it dequantizes at each call.
     """
     try:
         from gptqmodel.nn_modules.qlinear.torch_aten_kernel import TorchAtenLinear  # type: ignore[import-not-found]

@@ -1,4 +1,4 @@
-"""Time of one quantised linear layer on a GPU, beside torch's fp16 matmul and what other kernels were recorded to take.
+"""Time of one quantized linear layer on a GPU, beside torch's fp16 matmul and what other kernels were recorded to take.
 
     python benchmarks/dense.py [--layer 4096x4096 ...] [--tokens 1 16 ...] [--csv dense.csv] [--plot dense.png]
 

@@ -1,4 +1,4 @@
-"""Time of the quantised experts of one layer on a GPU, beside transformers' bf16 grouped experts and recorded kernels.
+"""Time of the quantized experts of one layer on a GPU, beside transformers' bf16 grouped experts and recorded kernels.
 
     python benchmarks/moe.py [--layer Mixtral-8x7B ...] [--tokens 1 16 ...] [--csv moe.csv] [--plot moe.png]
     TRITON_INTERPRET=1 python benchmarks/moe.py --check       # tiny layers, anywhere: does it all run, and right?
@@ -132,7 +132,7 @@ def grouped_bf16(layer: Layer) -> Any:
 
 
 def check(module: QuantExperts, layer: Layer, tokens: int) -> float:
-    """Relative error against float32 products of dequantised weights."""
+    """Relative error against float32 products of dequantized weights."""
     x, index, weights = random_inputs(layer, tokens)
     expected = torch.zeros(tokens, layer.hidden, device=DEVICE)
     for expert in torch.unique(index).tolist():

@@ -18,7 +18,7 @@ Recorded = Mapping[tuple[str, str, str], Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; ``us`` per call, ``fraction`` of the read bandwidth, ``plain_us`` with unquantised weights."""
+    """One measurement; ``us`` per call, ``fraction`` of the read bandwidth, ``plain_us`` with unquantized weights."""
 
     layer: str
     weights: str
@@ -44,7 +44,7 @@ def table(rows: Sequence[Row], plain: str, others: Mapping[str, Callable[[Any], 
 
     Args:
         rows: One line each.
-        plain: What ran with unquantised weights.
+        plain: What ran with unquantized weights.
         others: Heads of further columns, and what they say of a row.
     """
     columns: dict[str, Callable[[Any], object]] = {
@@ -62,7 +62,7 @@ def table(rows: Sequence[Row], plain: str, others: Mapping[str, Callable[[Any], 
 
 
 def plot(rows: Sequence[Row], weights: str, plain: str, peers: Recorded, path: str) -> None:
-    """Time over tokens, a panel a layer: ours with ``weights``, unquantised, the peers' with act-order and without."""
+    """Time over tokens, a panel a layer: ours with ``weights``, unquantized, the peers' with act-order and without."""
     import matplotlib.pyplot as plt
 
     kinds = {weights, weights.removesuffix(" act-order")}

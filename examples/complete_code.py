@@ -1,4 +1,4 @@
-"""Completes Python code with a real GPTQ checkpoint: a small Mixtral, trained on Python source, quantised by AutoGPTQ.
+"""Completes Python code with a real GPTQ checkpoint: a small Mixtral, trained on Python source, quantized by AutoGPTQ.
 
 Nothing here is graftq's: the plain transformers call is all there is.
 """

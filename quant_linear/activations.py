@@ -46,7 +46,7 @@ class Activation:
         return function(up) if gate is None else function(gate) * up
 
 
-def recognise(activate: Activate, is_gated: bool, is_concatenated: bool) -> Activation | None:
+def recognize(activate: Activate, is_gated: bool, is_concatenated: bool) -> Activation | None:
     """Name what ``activate`` computes, by its values rather than by its class; None if it is none of ours.
 
     Probed on the CPU in float32, densely where functions bend and far out where limits lie. An ``activate`` that

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftq.quant_linear.activations import Activate, recognise
+from graftq.quant_linear.activations import Activate, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
 from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
@@ -84,7 +84,7 @@ class QuantExperts(nn.Module):
         is_gated = len(projections) == 3 or "gate_up_proj" in projections
         self.spec = ExpertsSpec(
             projections=tuple((name, tuple(layer.spec for layer in layers)) for name, layers in projections.items()),
-            activation=recognise(activate, is_gated, is_concatenated),
+            activation=recognize(activate, is_gated, is_concatenated),
             is_concatenated=is_concatenated,
             has_up_bias=up_bias is not None,
             has_down_bias=down_bias is not None,

@@ -135,7 +135,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantised weight [out_features, in_features], made anew at each access.
+        """The dequantized weight [out_features, in_features], made anew at each access.
 
         For models that reach for a linear layer's weight, or its dtype, instead of calling the layer.
         """

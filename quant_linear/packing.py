@@ -1,4 +1,4 @@
-"""Codes to words and back, and the dequantisation formula: the readable truth for every kernel.
+"""Codes to words and back, and the dequantization formula: the readable truth for every kernel.
 
 The packing is AutoGPTQ's: codes of ``bits`` bits form a little-endian bit stream over int32 words,
 so that a 3-bit code may straddle two words and 32 codes always fill ``bits`` words.
@@ -92,5 +92,5 @@ def dequantize(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
         group = tensors.g_idx[: spec.in_features].long()
     else:
         group = sequential_g_idx(spec, codes.device).long()
-    centred = codes.to(torch.int32) - zero_points(tensors, spec)[group]
-    return (centred.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T
+    centerd = codes.to(torch.int32) - zero_points(tensors, spec)[group]
+    return (centerd.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T

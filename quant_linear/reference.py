@@ -24,7 +24,7 @@ from graftq.quant_linear.spec import QuantSpec
 
 
 class TorchProvider:
-    """Dequantises in float32 at every call and multiplies in the activations' dtype."""
+    """Dequantizes in float32 at every call and multiplies in the activations' dtype."""
 
     name = "torch"
     priority = 0

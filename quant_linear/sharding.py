@@ -86,15 +86,15 @@ def shard_inputs(
 
 
 def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[GptqTensors, QuantSpec]]:
-    """Merge neighbours that differ in nothing but their outputs, so that one multiplication does for all of them.
+    """Merge neighbors that differ in nothing but their outputs, so that one multiplication does for all of them.
 
-    Projections of the same input that were quantised together (q, k and v; gate and up) share their ``g_idx``.
+    Projections of the same input that were quantized together (q, k and v; gate and up) share their ``g_idx``.
 
     Args:
         parts: Projections whose outputs are wanted side by side, without biases.
 
     Returns:
-        As many as are needed, in the same order; a projection without a like neighbour is returned as it is.
+        As many as are needed, in the same order; a projection without a like neighbor is returned as it is.
     """
     runs: list[list[tuple[GptqTensors, QuantSpec]]] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""What one quantised projection is: a frozen value that every layout and kernel is chosen by."""
+"""What one quantized projection is: a frozen value that every layout and kernel is chosen by."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class BaseGPTQForCausalLM(nn.Module):
     Attributes:
         model: The model.
         config: Its configuration.
-        quantize_config: The checkpoint's quantisation parameters.
+        quantize_config: The checkpoint's quantization parameters.
         quantized: True.
     """
 
@@ -108,12 +108,12 @@ class BaseGPTQForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """AutoGPTQ loaded the model to be quantised; graftq does not quantise."""
-        raise NotImplementedError(f"graftq loads quantised models (from_quantized). To quantise one, use {QUANTISERS}")
+        """AutoGPTQ loaded the model to be quantized; graftq does not quantize."""
+        raise NotImplementedError(f"graftq loads quantized models (from_quantized). To quantize one, use {QUANTISERS}")
 
     def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """AutoGPTQ quantised here."""
-        raise NotImplementedError(f"this model is quantised, and graftq does not quantise: use {QUANTISERS}")
+        """AutoGPTQ quantized here."""
+        raise NotImplementedError(f"this model is quantized, and graftq does not quantize: use {QUANTISERS}")
 
     def save_quantized(self, save_dir: str | Path, use_safetensors: bool = True, **kwargs: Any) -> None:
         """Save the checkpoint by the model's ``save_pretrained``; AutoGPTQ finds its files by ``quantize_config.json``.
@@ -188,7 +188,7 @@ def _given(
     declared = read_declared(source)
     if isinstance(quantize_config, BaseQuantizeConfig):
         raw = quantize_config.to_dict()
-        if raw["sym"]:  # how to quantise, by default; AutoGPTQ takes the zero points from the file in any case
+        if raw["sym"]:  # how to quantize, by default; AutoGPTQ takes the zero points from the file in any case
             del raw["sym"]
     else:
         raw = dict(quantize_config or (declared[0] if declared else {}))

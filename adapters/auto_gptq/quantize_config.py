@@ -17,7 +17,7 @@ _SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size"}
 
 @dataclass
 class BaseQuantizeConfig:
-    """Quantisation parameters, with AutoGPTQ's names and defaults.
+    """Quantization parameters, with AutoGPTQ's names and defaults.
 
     Raises:
         graftq.quant_linear.errors.CheckpointError: a ``ValueError``, for values that GPTQ does not have.
@@ -80,7 +80,7 @@ class BaseQuantizeConfig:
         if found is None:
             raise ValueError(
                 f"{source.name}: neither {QUANTIZE_CONFIG} nor a quantization_config in config.json: "
-                "this is no quantised checkpoint, or one that has lost its parameters (pass quantize_config=)"
+                "this is no quantized checkpoint, or one that has lost its parameters (pass quantize_config=)"
             )
         raw, where = found
         config = cls.from_quant_config(raw, kwargs.get("checkpoint_format"), where)

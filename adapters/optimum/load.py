@@ -62,7 +62,7 @@ def load_quantized_model(
     if getattr(config, "quantization_config", None) is None:
         declared = read_declared(Source(str(save_folder)), quant_config_name)
         if declared is None:
-            raise ValueError(f"{save_folder}: neither {quant_config_name} nor quantisation parameters in config.json")
+            raise ValueError(f"{save_folder}: neither {quant_config_name} nor quantization parameters in config.json")
         config.quantization_config = {**declared[0], "quant_method": "gptq"}
     if state_dict_name is not None:
         config.transformers_weights = state_dict_name

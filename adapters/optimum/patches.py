@@ -19,7 +19,7 @@ def patch_quantizer(module: ModuleType) -> None:
     replace_attribute(quantizer, "convert_model", lambda stock: functools.wraps(stock)(convert_model))
     replace_attribute(quantizer, "post_init_model", lambda stock: functools.wraps(stock)(post_init_model))
     replace_attribute(module, "load_quantized_model", _load_quantized_model)
-    # What `__init__` makes of GPTQModel's, for quantising alone.
+    # What `__init__` makes of GPTQModel's, for quantizing alone.
     add_attribute(module, "QuantizeConfig", SimpleNamespace)
     add_attribute(module, "FORMAT", str)
     add_attribute(module, "METHOD", str)

@@ -1,6 +1,6 @@
 """PEFT's LoRA layers around what is packed: the same adapters, by name and shape, as around the float model.
 
-So an adapter that was trained on one loads on the other, and merges once the base model is dequantised.
+So an adapter that was trained on one loads on the other, and merges once the base model is dequantized.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class PackedLinear(lora.Linear):
         return super()._get_base_layer_device_and_dtype(base_layer)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Add an adapter; one whose initialisation changes the base layer's weight is refused."""
-        _check_initialisation(config)
+        """Add an adapter; one whose initialization changes the base layer's weight is refused."""
+        _check_initialization(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -95,8 +95,8 @@ class PackedExperts(lora.ParamWrapper):
         return torch.empty((), dtype=experts.dtype, device=_device(experts)).expand(shape)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Add an adapter; one whose initialisation changes the base layer's weight is refused."""
-        _check_initialisation(config)
+        """Add an adapter; one whose initialization changes the base layer's weight is refused."""
+        _check_initialization(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     @contextmanager
@@ -158,7 +158,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _check_initialisation(config: Any) -> None:
+def _check_initialization(config: Any) -> None:
     how = config.init_lora_weights
     if how not in INITIALISATIONS:
         raise ValueError(

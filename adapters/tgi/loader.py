@@ -35,7 +35,7 @@ class ServerProjection:
 class PackedLoader:
     """To be mixed into ``GPTQWeightsLoader``, in front of it: every method is the stock one for what is not GPTQ.
 
-    The files decide what is quantised, layer by layer: ``modules_to_not_convert`` and ``dynamic`` need no reading.
+    The files decide what is quantized, layer by layer: ``modules_to_not_convert`` and ``dynamic`` need no reading.
 
     Attributes:
         checkpoint: What is being loaded; None where the stock loader does it.
@@ -125,7 +125,7 @@ class PackedLoader:
                 raise CheckpointError(reason, file=self.checkpoint.file)
 
     def is_packed(self, weights: Any, prefix: str) -> bool:
-        """Whether the files have this projection quantised.
+        """Whether the files have this projection quantized.
 
         Raises:
             CheckpointError: if they do not have it at all.

@@ -27,7 +27,7 @@ class Checkpoint:
     Attributes:
         config: The GPTQ parameters; None where no file states them.
         index: All tensors.
-        projections: Those of quantised projections, by module and suffix.
+        projections: Those of quantized projections, by module and suffix.
         file: The first file, for messages.
     """
 

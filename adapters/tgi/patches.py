@@ -82,7 +82,7 @@ def _take_packed(original: Callable[..., None]) -> Callable[..., None]:
         if weights.loader.is_packed(weights, gate):
             nn.Module.__init__(self)
             self.moe = PackedMoE(**kwargs)
-        else:  # experts that were left out of quantisation
+        else:  # experts that were left out of quantization
             from text_generation_server.layers.fp8 import HybridFP8UnquantLoader
 
             with weights.use_loader(HybridFP8UnquantLoader(None, to_fp8=False)):

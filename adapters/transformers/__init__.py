@@ -14,7 +14,7 @@ from graftq.plugin.hookspecs import hookimpl
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The registry of quantisers, and the module that resolves files and calls the quantiser."""
+    """The registry of quantizers, and the module that resolves files and calls the quantizer."""
     from importlib.util import find_spec
 
     if root != "transformers" or find_spec(root) is None:

@@ -140,7 +140,7 @@ def _cast(model: Any, old: torch.dtype, new: torch.dtype) -> None:
 
 
 def _forget(model: Any) -> None:
-    """Drop what made transformers treat the model, and the models inside it, as quantised."""
+    """Drop what made transformers treat the model, and the models inside it, as quantized."""
     from transformers.modeling_utils import PreTrainedModel
 
     head = model.get_output_embeddings()

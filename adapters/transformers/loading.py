@@ -103,11 +103,11 @@ class Loading:
         """
         self.index = CheckpointIndex.open(files, (metadata or {}).get("weight_map"))
 
-    def refuse_unlabelled(self, files: Sequence[str] | None, metadata: Mapping[str, Any] | None) -> None:
+    def refuse_unlabeled(self, files: Sequence[str] | None, metadata: Mapping[str, Any] | None) -> None:
         """Raise if the files hold packed tensors that nobody is going to unpack.
 
-        transformers loads a checkpoint without quantisation parameters, or with a ``quant_method`` it does
-        not know, as if it were not quantised: random weights, and a warning.
+        transformers loads a checkpoint without quantization parameters, or with a ``quant_method`` it does
+        not know, as if it were not quantized: random weights, and a warning.
         """
         if not files or self.source is None or self.method in _known_methods():
             return
@@ -158,7 +158,7 @@ def resolve_by(
                 return original(*args, **kwargs)
             if here.config is None:
                 files, metadata = original(*args, **kwargs)
-                here.refuse_unlabelled(files, metadata)
+                here.refuse_unlabeled(files, metadata)
             else:
                 files, metadata = find(here, original, args, kwargs)
                 here.open_index(files, metadata)

@@ -24,7 +24,7 @@ from graftq.quant_linear.spec import QuantSpec
 
 @dataclass(frozen=True)
 class PlacedProjection:
-    """A quantised projection of the files.
+    """A quantized projection of the files.
 
     Attributes:
         stored: Its name there.

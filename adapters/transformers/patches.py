@@ -15,7 +15,7 @@ from graftq.plugin.patching import replace_attribute
 
 
 def patch_quantizers(module: ModuleType) -> None:
-    """Put graftq's quantiser and configuration class in the place of the stock ones for "gptq"."""
+    """Put graftq's quantizer and configuration class in the place of the stock ones for "gptq"."""
     register(module, GptqHfQuantizer)
 
 

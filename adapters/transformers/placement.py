@@ -1,7 +1,7 @@
-"""Which module of the model each quantised projection in the files belongs to.
+"""Which module of the model each quantized projection in the files belongs to.
 
-The files decide what is quantised. Names go through the model's own conversion mapping first, so that
-every renaming transformers knows is honoured; experts' names are then derived from its converters.
+The files decide what is quantized. Names go through the model's own conversion mapping first, so that
+every renaming transformers knows is honored; experts' names are then derived from its converters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex
 from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 
-# Names that quantisers give to the projections of an expert, besides those in transformers' converters.
+# Names that quantizers give to the projections of an expert, besides those in transformers' converters.
 ALIASES = {
     "gate_proj": "gate_proj",
     "up_proj": "up_proj",
@@ -39,7 +39,7 @@ ALIASES = {
 
 @dataclass
 class Placement:
-    """What becomes of the quantised projections of one checkpoint in one model.
+    """What becomes of the quantized projections of one checkpoint in one model.
 
     Attributes:
         projections: All that have a place, by target.
@@ -63,7 +63,7 @@ class Placement:
 def place_projections(
     model: nn.Module, index: CheckpointIndex, config: QuantConfig, conversions: Iterable[Any]
 ) -> Placement:
-    """Place every quantised projection, and check all of its tensors but ``qweight``'s values.
+    """Place every quantized projection, and check all of its tensors but ``qweight``'s values.
 
     Raises:
         CheckpointError: naming file, module and reason.
@@ -206,7 +206,7 @@ def _check_experts(model: nn.Module, plan: Placement) -> None:
         wanted = {f"{expert}.{name}" for expert in range(number) for name in needed}
         for name in sorted(wanted ^ found.keys(), key=_natural):
             missing = name in wanted
-            reason = "missing: other experts have it quantised" if missing else f"the layer has {number} experts"
+            reason = "missing: other experts have it quantized" if missing else f"the layer has {number} experts"
             module = f"{container}.{name}" if missing else found[name].stored
             raise CheckpointError(reason, file=file, module=module)
 

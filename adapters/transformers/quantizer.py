@@ -37,7 +37,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
         self._ignore_mismatched_sizes = False
         self._on_kernels = False
-        # Needed for saving and dequantising.
+        # Needed for saving and dequantizing.
         self._origin = Origin()
         self._is_distributed = False
 
@@ -66,12 +66,12 @@ class GptqHfQuantizer(DeferringQuantizer):
         return QuantConfig.from_dict(self.quantization_config.to_dict(), "quantization_config")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Add the names of experts' packed tensors, and the modules to be dequantised, to the model's own mapping."""
+        """Add the names of experts' packed tensors, and the modules to be dequantized, to the model's own mapping."""
         extended = [*weight_conversions]
         extended += [WeightRenaming(source, target) for source, target in self._plan.renamings.items()]
         extended += self._dense_converters()
         missing = self._missing(extended)
-        self._spare_initialisation(missing)
+        self._spare_initialization(missing)
         return extended
 
     def _dense_converters(self) -> list[WeightConverter]:
@@ -124,7 +124,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         if parameter.is_floating_point() and not info.dtype.startswith(("F", "BF")):
             raise CheckpointError(f"dtype {info.dtype} for a weight of floats", file=info.file, module=name)
 
-    def _spare_initialisation(self, missing: set[str]) -> None:
+    def _spare_initialization(self, missing: set[str]) -> None:
         """Keep ``_init_weights`` away from modules that hold packed layers.
 
         transformers calls it for every module, and some models reach into their children's ``weight`` there.

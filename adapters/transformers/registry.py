@@ -1,4 +1,4 @@
-"""What stands for "gptq" in transformers' registry: graftq's configuration class and quantiser, of any version."""
+"""What stands for "gptq" in transformers' registry: graftq's configuration class and quantizer, of any version."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def register(module: ModuleType, quantizer: type[DeferringQuantizer]) -> None:
 
 
 class DeferringQuantizer(HfQuantizer):
-    """Asked for a model that is yet to be quantised, it gives an instance of the stock class instead."""
+    """Asked for a model that is yet to be quantized, it gives an instance of the stock class instead."""
 
     stock: ClassVar[type[HfQuantizer]]
 
     def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Defer to ``stock`` unless the model is quantised; copying and unpickling pass no arguments."""
+        """Defer to ``stock`` unless the model is quantized; copying and unpickling pass no arguments."""
         if kwargs.get("pre_quantized", True):
             return super().__new__(cls)
         return cls.stock(quantization_config, **kwargs)
 
 
 class GPTQConfig(StockConfig):
-    """The stock configuration, without what only matters to quantising; saved as it was read.
+    """The stock configuration, without what only matters to quantizing; saved as it was read.
 
     Bears the stock name because transformers compares the names of the classes that it merges.
     """
@@ -49,7 +49,7 @@ class GPTQConfig(StockConfig):
         self.dynamic = kwargs.get("dynamic")
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameters that were read, all of them and no others, unless this is to quantise."""
+        """The parameters that were read, all of them and no others, unless this is to quantize."""
         if self.dataset is not None:
             whole = super().to_dict()
             del whole["_read"]
@@ -74,7 +74,7 @@ class GPTQConfig(StockConfig):
                 setattr(self, key, self._read[key])
 
     def post_init(self) -> None:
-        """Check what quantising needs only if this is to quantise; loading is checked by :class:`QuantConfig`."""
+        """Check what quantizing needs only if this is to quantize; loading is checked by :class:`QuantConfig`."""
         if self.dataset is not None:
             super().post_init()
         elif self.backend is None:

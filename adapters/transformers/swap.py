@@ -31,7 +31,7 @@ def swap_modules(model: Any, plan: Placement, plain: dict[str, nn.Module]) -> di
 
     Returns:
         The projections whose module is neither (a router, say, that multiplies by its own parameter):
-        these are to be dequantised while loading.
+        these are to be dequantized while loading.
     """
     dense = {}
     for target, projection in plan.projections.items():
@@ -68,7 +68,7 @@ def _experts(stock: Any, found: Mapping[str, PlacedProjection], dtype: torch.dty
         if stock.has_bias and (name == down) not in packed_biases
     }
     for name in stock._parameters.keys() & {"gate_up_proj", "up_proj", "down_proj"}:
-        stock._parameters[name] = None  # its place remains, in case it is dequantised
+        stock._parameters[name] = None  # its place remains, in case it is dequantized
     return QuantExperts(
         [QuantExpert(projections[str(number)]) for number in range(stock.num_experts)],
         choose_experts_kernel,
@@ -100,13 +100,13 @@ class Dequantize(ConversionOps):
         self.hf_quantizer = hf_quantizer  # tells the loader to leave the dtypes of the inputs alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantize:
-        return self  # the loader copies a converter for every module; specs and quantiser are shared
+        return self  # the loader copies a converter for every module; specs and quantizer are shared
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """Collect by suffix, dequantise in float32, cast to the parameter's dtype."""
+        """Collect by suffix, dequantize in float32, cast to the parameter's dtype."""
         parts = {pattern.rstrip("$").rpartition(".")[2]: value for pattern, value in input_dict.items()}
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in parts.items()}
         name = kwargs["full_layer_name"]

@@ -151,7 +151,7 @@ def _layer(shard: tuple[GptqTensors, QuantSpec], like: QuantLinear) -> QuantLine
 def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
     """Every expert on every rank, with a part of its intermediate features."""
     if experts.post_expert_norm is not None:
-        raise ValueError("its experts' outputs are normalised, which wants them whole")
+        raise ValueError("its experts' outputs are normalized, which wants them whole")
     width = experts.spec.of("down_proj")[0].in_features
     start, stop = part.of(width)
     up_bias: Any = experts.up_bias

@@ -13,7 +13,7 @@ from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.source import Source
 
 METHOD = "graftq"
-"""The name of our quantisation method, as in ``quantization="graftq"``."""
+"""The name of our quantization method, as in ``quantization="graftq"``."""
 
 
 class BaseConfig(QuantizationConfig):

@@ -23,7 +23,7 @@ OURS_TO_TAKE = (None, METHOD, "gptq")
 
 
 class GraftqConfig(BaseConfig):
-    """What vLLM asks of a quantisation method; made for each checkpoint."""
+    """What vLLM asks of a quantization method; made for each checkpoint."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -78,7 +78,7 @@ class GraftqConfig(BaseConfig):
         return WeightsMapper()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Decide by the files whether a layer is quantised, whatever the model thinks."""
+        """Decide by the files whether a layer is quantized, whatever the model thinks."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead

@@ -33,7 +33,7 @@ ACTIVATIONS = {
 
 
 class GraftqMoEMethod(FusedMoEMethodBase):
-    """What vLLM calls for the quantised experts of one layer.
+    """What vLLM calls for the quantized experts of one layer.
 
     Args:
         config: The checkpoint's.

@@ -43,7 +43,7 @@ class Partition:
 
 
 class GraftqLinearMethod(LinearMethodBase):
-    """What vLLM calls for one quantised linear layer.
+    """What vLLM calls for one quantized linear layer.
 
     Args:
         config: The checkpoint's.

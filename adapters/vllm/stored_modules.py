@@ -1,4 +1,4 @@
-"""What the checkpoint's files say is quantised, by the names that vLLM gives to modules.
+"""What the checkpoint's files say is quantized, by the names that vLLM gives to modules.
 
 vLLM streams tensors into layers and says neither which file they come from nor, to a layer that is being made, whether
 any will come. So the headers are looked at beforehand.
@@ -25,7 +25,7 @@ Mapper = Callable[[list[str]], list[str]]
 
 
 class StoredModules:
-    """The quantised modules of one checkpoint.
+    """The quantized modules of one checkpoint.
 
     Args:
         source: Where the checkpoint is.
@@ -38,32 +38,32 @@ class StoredModules:
     def rename(self, mapper: Mapper) -> None:
         """Apply a model's renaming to all names; models bring theirs while they are being made."""
         self._mappers.append(mapper)
-        for name in ("quantised", "plain", "_tails"):
+        for name in ("quantized", "plain", "_tails"):
             self.__dict__.pop(name, None)
 
     def layer(self, prefix: str, parts: Sequence[str] = ()) -> list[str]:
-        """The stored names of a linear layer's projections; empty if it is not quantised.
+        """The stored names of a linear layer's projections; empty if it is not quantized.
 
         Args:
             prefix: vLLM's name of the layer.
             parts: What vLLM has fused into it, by the last part of their names (``q_proj``, ...).
 
         Raises:
-            CheckpointError: if only some of the parts are quantised.
+            CheckpointError: if only some of the parts are quantized.
         """
-        if prefix in self.quantised:
-            return [self.quantised[prefix]]
+        if prefix in self.quantized:
+            return [self.quantized[prefix]]
         parent = prefix.rpartition(".")[0]
         names = [f"{parent}.{part}" if parent else part for part in parts]
-        found = [name for name in names if name in self.quantised]
+        found = [name for name in names if name in self.quantized]
         if found and len(found) == len(names):
-            return [self.quantised[name] for name in names]
+            return [self.quantized[name] for name in names]
         if found:
             other = next(name for name in names if name not in found)
             raise CheckpointError(
-                f"quantised, but {other} is not, and vLLM holds both in one layer, {prefix}",
-                file=self.file_of(self.quantised[found[0]]),
-                module=self.quantised[found[0]],
+                f"quantized, but {other} is not, and vLLM holds both in one layer, {prefix}",
+                file=self.file_of(self.quantized[found[0]]),
+                module=self.quantized[found[0]],
             )
         if prefix in self.plain or any(name in self.plain for name in names):
             return []
@@ -72,10 +72,10 @@ class StoredModules:
         return [name for name in tails if name]
 
     def experts(self, prefix: str) -> dict[tuple[int, str], str]:
-        """The stored names of the experts' projections below ``prefix``, by number and name; empty if not quantised."""
+        """The stored names of the experts' projections below ``prefix``, by number and name; empty if not quantized."""
         prefix = prefix.removesuffix(".routed_experts")
         found = {}
-        for name, stored in self.quantised.items():
+        for name, stored in self.quantized.items():
             if name.startswith(f"{prefix}."):
                 first, _, second = name[len(prefix) + 1 :].partition(".")
                 number, own = (first, second) if first.isdigit() else (second, first)
@@ -127,7 +127,7 @@ class StoredModules:
         return frozenset(names)
 
     @cached_property
-    def quantised(self) -> dict[str, str]:
+    def quantized(self) -> dict[str, str]:
         """Modules with packed tensors: vLLM's name to the stored one."""
         stored = sorted({name.rpartition(".")[0] for name in self.names if name.endswith(PACKED)})
         return {new: name for name in stored if (new := self._map(name, ".qweight"))}
@@ -140,7 +140,7 @@ class StoredModules:
 
     @cached_property
     def _tails(self) -> dict[str, str]:
-        return {tail: stored for name, stored in self.quantised.items() if (tail := _tail(name))}
+        return {tail: stored for name, stored in self.quantized.items() if (tail := _tail(name))}
 
     def _map(self, name: str, suffix: str) -> str:
         names = [name + suffix]  # patterns may expect a tensor's name

@@ -23,14 +23,14 @@ def known(version: str) -> bool:
 
 
 def has_method(name: str) -> bool:
-    """Whether a quantisation method of this name is registered."""
+    """Whether a quantization method of this name is registered."""
     from vllm.model_executor.layers import quantization
 
     return name in quantization.QUANTIZATION_METHODS
 
 
 def register_method(name: str, config: type) -> None:
-    """Register a quantisation method."""
+    """Register a quantization method."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     register_quantization_config(name)(config)

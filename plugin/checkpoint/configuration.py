@@ -1,4 +1,4 @@
-"""Reading the quantisation parameters, from ``config.json`` or from ``quantize_config.json``.
+"""Reading the quantization parameters, from ``config.json`` or from ``quantize_config.json``.
 
 Both hold the same keys; a checkpoint has one, the other, or both. Sources: AutoGPTQ's
 ``BaseQuantizeConfig``, GPTQModel's ``QuantizeConfig`` (``dynamic``, ``checkpoint_format``).
@@ -33,7 +33,7 @@ class QuantConfig:
     Attributes:
         declared: What holds for every module.
         dynamic: GPTQModel's per-module overrides: pattern to overrides, in the order of the file;
-            a pattern beginning with ``-:`` excludes modules from quantisation.
+            a pattern beginning with ``-:`` excludes modules from quantization.
         weight_names: File names (without ending) under which the writer may have stored the weights.
         source: The file the parameters come from, for messages.
     """

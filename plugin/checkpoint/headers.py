@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
-"""Tensors of one quantised projection, in the order of :class:`~graftq.quant_linear.layouts.GptqTensors`."""
+"""Tensors of one quantized projection, in the order of :class:`~graftq.quant_linear.layouts.GptqTensors`."""
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 
@@ -74,9 +74,9 @@ class CheckpointIndex:
         return cls(tensors)
 
     def projections(self) -> dict[str, dict[str, TensorInfo]]:
-        """Quantised projections: module name to the tensors it has, keyed by suffix.
+        """Quantized projections: module name to the tensors it has, keyed by suffix.
 
-        A projection is quantised if the files say so, that is, if any GPTQ tensor bears its name.
+        A projection is quantized if the files say so, that is, if any GPTQ tensor bears its name.
         """
         found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         for name, info in self.tensors.items():

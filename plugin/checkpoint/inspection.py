@@ -29,7 +29,7 @@ class Inspection:
         weights: Name of the weight file or index.
         index: Its tensors.
         dtype: What the model's configuration names as dtype.
-        seen: The quantised projections by name.
+        seen: The quantized projections by name.
         unread: Why the small tensors' values were not read; "" if they were.
     """
 

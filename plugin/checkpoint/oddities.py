@@ -61,9 +61,9 @@ def _names(found: Inspection) -> Iterator[str]:
     if old := [name for name in found.seen if re.search(r"\.experts\.\d+\.w[123]$", name)]:
         yield f"experts bear the names of transformers 4: {_some(old)}"
     if heads := [name for name in found.seen if re.search(r"(^|\.)lm_head$", name)]:
-        yield f"the output embedding is quantised: {_some(heads)}"
+        yield f"the output embedding is quantized: {_some(heads)}"
     if gates := [name for name in found.seen if re.search(r"\.(gate|router)$", name)]:
-        yield f"routers are quantised: {_some(gates)}"
+        yield f"routers are quantized: {_some(gates)}"
 
 
 def _shapes(found: Inspection) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Looking at quantised projections without a model: what their headers and small tensors say of themselves."""
+"""Looking at quantized projections without a model: what their headers and small tensors say of themselves."""
 
 from __future__ import annotations
 

@@ -256,12 +256,12 @@ def _check_zero_points(info: TensorInfo, spec: QuantSpec, declared: Declared, qz
     label, other = ("gptq", "gptq_v2") if spec.zero_offset else ("gptq_v2", "gptq")
     if low == high == middle - (1 - spec.zero_offset):
         raise CheckpointError(
-            f"labelled {label}, but the symmetric zero points are stored as {other} stores them ({low})",
+            f"labeled {label}, but the symmetric zero points are stored as {other} stores them ({low})",
             file=info.file,
             module=info.name,
         )
     if declared.sym:
         raise CheckpointError(
-            f"labelled sym: true, but stored zero points range from {low} to {high}", file=info.file, module=info.name
+            f"labeled sym: true, but stored zero points range from {low} to {high}", file=info.file, module=info.name
         )
     return False

@@ -27,8 +27,8 @@ def report(found: Inspection) -> Iterator[str]:
     count = sum(spec.in_features * spec.out_features for spec in specs)
     yield found.source.describe("").rstrip("/")
     yield f"  parameters   {', '.join(found.raw)}: {_parameters(found.config)}"
-    yield f"  weights      {found.weights}: {human(size)}, of which quantised {human(part)}"
-    yield f"  quantised    {len(found.seen)} modules, {count:,} weights, {8 * part / max(count, 1):.2f} bits each"
+    yield f"  weights      {found.weights}: {human(size)}, of which quantized {human(part)}"
+    yield f"  quantized    {len(found.seen)} modules, {count:,} weights, {8 * part / max(count, 1):.2f} bits each"
     yield f"  act-order    {_tally([spec.desc_act for spec in specs], found.unread, declared.desc_act)}"
     yield f"  symmetric    {_tally([spec.sym for spec in specs], found.unread, declared.sym)}"
     yield f"Modules, and the kernel each would get on {machine.device()} in {found.dtype}"

@@ -1,4 +1,4 @@
-"""Products with dequantised weights on a CPU: a tile of output rows at a time, in a workspace of bounded size."""
+"""Products with dequantized weights on a CPU: a tile of output rows at a time, in a workspace of bounded size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftq.quant_linear.cpu.layout import bytes_of
 from graftq.quant_linear.packing import unpack_codes
 
 TILE_BYTES = 2 * 2**20
-"""Weights dequantised at a time, unless one block of output rows needs more: what the caches hold."""
+"""Weights dequantized at a time, unless one block of output rows needs more: what the caches hold."""
 
 _BATCHED_TOKENS = 256  # most for which one batched product in bf16 beats one for each block of outputs
 _BYTES_STEP = 64  # output rows of a tile of bytes are a multiple of these
@@ -92,7 +92,7 @@ def multiply_tiles_transposed(grad: torch.Tensor, w: CpuWeights) -> torch.Tensor
 
 
 def tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Dequantised weights from a workspace that the next ones overwrite.
+    """Dequantized weights from a workspace that the next ones overwrite.
 
     Yields:
         The outputs, and their weights, ``dtype`` [batch, rows, columns], whose ``batch * columns`` outputs may be

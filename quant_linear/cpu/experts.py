@@ -31,7 +31,7 @@ class StackedLayout:
     """The tensors of :class:`CpuLayout`, stacked: ``packed_{projection}_{tensor}`` [E, ...].
 
     ``gate_proj`` and ``up_proj`` become one projection of twice the outputs, ``gate_up_proj``, where each expert's two
-    have the same ``g_idx``, as those that were quantised together have. ``packed_dtypes``, int8 [E, projections, 3],
+    have the same ``g_idx``, as those that were quantized together have. ``packed_dtypes``, int8 [E, projections, 3],
     remembers the stored dtypes of scales, bias and g_idx (-1: absent), and ``packed_{projection}_order`` is there if
     any expert's rows have moved. Experts whose groups lie differently are padded to the longest.
     """

@@ -1,7 +1,7 @@
-"""The quantised linear layer on a CPU, as operators of ``torch.ops.graftq`` that ``torch.compile`` sees whole.
+"""The quantized linear layer on a CPU, as operators of ``torch.ops.graftq`` that ``torch.compile`` sees whole.
 
 Few tokens go through torch's int4 and int8 kernels, which read the weights as they are and compute in bf16 with
-float32 sums. Many tokens, and float32, go through tiles: some output rows are dequantised into a workspace and
+float32 sums. Many tokens, and float32, go through tiles: some output rows are dequantized into a workspace and
 multiplied there.
 """
 

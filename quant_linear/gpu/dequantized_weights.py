@@ -15,7 +15,7 @@ from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec
 
 WORKSPACE_BYTES = 128 * 2**20
-"""Most memory that dequantised weights take at a time, unless one tile of 64 output rows needs more."""
+"""Most memory that dequantized weights take at a time, unless one tile of 64 output rows needs more."""
 
 
 class TiledWeights(NamedTuple):
@@ -30,7 +30,7 @@ class TiledWeights(NamedTuple):
 
 
 def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """Dequantised weights, a bounded run of output rows at a time, each over the last: (first row, [rows, places])."""
+    """Dequantized weights, a bounded run of output rows at a time, each over the last: (first row, [rows, places])."""
     n, atoms = spec.out_features, weights.codes.shape[1]
     device, scales = weights.codes.device, weights.scales
     strides = (scales.stride(0), 0 if weights.qzeros is None else weights.qzeros.stride(0))

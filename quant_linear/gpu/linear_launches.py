@@ -144,7 +144,7 @@ class _FusedProduct:
 
 
 class _DequantizedProduct:
-    """Dequantises, and leaves the product to cuBLAS."""
+    """Dequantizes, and leaves the product to cuBLAS."""
 
     def __init__(self, spec: QuantSpec, k: int):
         self._spec = spec

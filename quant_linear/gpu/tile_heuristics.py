@@ -65,7 +65,7 @@ FUSED_TOKENS = 1024
 
 @lru_cache(maxsize=4096)
 def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Tile | None:
-    """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None: dequantise, then multiply plainly.
+    """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None: dequantize, then multiply plainly.
 
     Args:
         device: Where it runs.

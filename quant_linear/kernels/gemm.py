@@ -98,8 +98,8 @@ def multiply_tile(
                 scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]
                 weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (BLOCK_N, PER_ATOM, GROUP))
                 if not SYM:
-                    centre = load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)
-                    weights -= centre[:, :, None]
+                    center = load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)
+                    weights -= center[:, :, None]
                 weights = tl.reshape(scale_weights(weights, scale, SCALES), (BLOCK_N, 128))
                 acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
     if GROUP == 0:

@@ -51,7 +51,7 @@ def test_the_real_checkpoint(inspect: Inspect) -> None:
     assert (status, err) == (0, "")
     for line in (
         "4 bits, group -1, act-order, symmetric, format gptq",
-        "quantised    112 modules, 10,223,616 weights, 4.23 bits each",
+        "quantized    112 modules, 10,223,616 weights, 4.23 bits each",
         "act-order    no, seen in 0 of 112 modules",
         "32 x model.layers.*.block_sparse_moe.experts.*.w2: 384 -> 256, 4 bits, one group, in order, symmetric -> ",
         "experts bear the names of transformers 4: model.layers.0.block_sparse_moe.experts.0.w1 and 95 more",
@@ -135,8 +135,8 @@ def test_trap(
             Recipe(bits=8),
             {"only": r"(proj|gate|lm_head)$", "layout": "sharded"},
             [
-                "the output embedding is quantised: lm_head",
-                "routers are quantised: model.layers.0.block_sparse_moe.gate",
+                "the output embedding is quantized: lm_head",
+                "routers are quantized: model.layers.0.block_sparse_moe.gate",
             ],
         ),
         ("llama", Recipe(bits=4, group_size=40), {"only": "mlp.down_proj$"}, ["the last group is not full"]),

@@ -64,7 +64,7 @@ ADAPTERS = {
         "    raise RuntimeError('while patching')\n" + SEAMS + "return {'transformers.modeling_utils': patch}",
         "RuntimeError: while patching",
     ),
-    "wrong signature": (HOOK + "def graftq_seams(root, colour): ...", "PluginValidationError"),
+    "wrong signature": (HOOK + "def graftq_seams(root, color): ...", "PluginValidationError"),
 }
 KERNELS = {
     "raises at import": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),

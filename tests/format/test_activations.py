@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from graftq.quant_linear.activations import Activation, recognise
+from graftq.quant_linear.activations import Activation, recognize
 
 SILU = functional.silu
 
@@ -37,12 +37,12 @@ def gpt_oss(x: torch.Tensor, alpha: float = 1.702, limit: float = 7.0) -> torch.
     ],
 )
 def test_known(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    assert recognise(gated(function), is_gated=True, is_concatenated=True) == Activation(name)
-    assert recognise(function, is_gated=False, is_concatenated=True) == Activation(name)
+    assert recognize(gated(function), is_gated=True, is_concatenated=True) == Activation(name)
+    assert recognize(function, is_gated=False, is_concatenated=True) == Activation(name)
 
 
 def test_gpt_oss() -> None:
-    assert recognise(gpt_oss, is_gated=True, is_concatenated=False) == Activation("swiglu_oai", 1.702, 7.0)
+    assert recognize(gpt_oss, is_gated=True, is_concatenated=False) == Activation("swiglu_oai", 1.702, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_gpt_oss() -> None:
     ids=["another limit", "quick gelu", "a limit far out", "interleaved", "weights", "nonsense"],
 )
 def test_unknown(activate: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    assert recognise(activate, is_gated=True, is_concatenated=True) is None
+    assert recognize(activate, is_gated=True, is_concatenated=True) is None
 
 
 def test_under_a_meta_device() -> None:
     with torch.device("meta"):
-        assert recognise(gated(SILU), is_gated=True, is_concatenated=True) == Activation("silu")
+        assert recognize(gated(SILU), is_gated=True, is_concatenated=True) == Activation("silu")

@@ -67,12 +67,12 @@ def test_group_size_that_contradicts_the_label() -> None:
 
 @pytest.mark.parametrize(("stored", "label"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
 def test_symmetric_zero_points_contradict_the_label(stored: str, label: str) -> None:
-    with pytest.raises(CheckpointError, match=f"labelled {label}, but .* as {stored} stores them"):
+    with pytest.raises(CheckpointError, match=f"labeled {label}, but .* as {stored} stores them"):
         spec_of(made(Recipe(checkpoint_format=stored)), Recipe(checkpoint_format=label))
 
 
 def test_varying_zero_points_contradict_sym() -> None:
-    with pytest.raises(CheckpointError, match="labelled sym: true, but stored zero points range from"):
+    with pytest.raises(CheckpointError, match="labeled sym: true, but stored zero points range from"):
         spec_of(made(Recipe(sym=False)), Recipe(sym=True))
 
 

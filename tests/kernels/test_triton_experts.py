@@ -175,7 +175,7 @@ def test_any_strides_and_integers(view: str, device: str):
 
 @pytest.mark.parametrize("order", ["all", "apart"])
 def test_gradients_to_activations_and_routing_weights(order: str, device: str):
-    """fp16 against float32: the reference's own backward through dequantised weights."""
+    """fp16 against float32: the reference's own backward through dequantized weights."""
     case = Experts(order=order, sym=False, layer_bias=True)
     module = case.module(TritonExperts(), device, torch.float16)
     index, weights = routing(5, 2, 3, device=device)
@@ -233,7 +233,7 @@ def test_graph_capture_and_repeatable_bits(tokens: int, gpu: str):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("activation", ["silu", "unknown"])
-def test_no_host_synchronisation(activation: str, gpu: str):
+def test_no_host_synchronization(activation: str, gpu: str):
     case = Experts(hidden=512, inner=256, activation=activation)
     module = case.module(TritonExperts(), gpu, torch.float16)
     runs = [(torch.randn(tokens, 512, device=gpu).half(), *routing(tokens, 2, 3, device=gpu)) for tokens in (1, 5, 500)]

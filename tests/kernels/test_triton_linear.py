@@ -194,7 +194,7 @@ def test_graph_capture_and_repeatable_bits(m: int, gpu: str):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-def test_no_host_synchronisation(gpu: str):
+def test_no_host_synchronization(gpu: str):
     shape = Shape(k=512, n=256, act_order=True)
     spec, stored = shape.spec(), make(shape, device=gpu)
     provider = TritonProvider()

@@ -1,4 +1,4 @@
-"""A Mixtral that AutoGPTQ has quantised, what it is known to say, and ``auto_gptq`` as graftq stands in for it."""
+"""A Mixtral that AutoGPTQ has quantized, what it is known to say, and ``auto_gptq`` as graftq stands in for it."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def test_what_comes_back(checkpoint: Path, assert_true_logits: Check) -> None:
     )
     assert model.quantize_config.model_file_base_name == "model"
     assert model.to("cpu") is model
-    with pytest.raises(AttributeError, match="no attribute 'colour'"):
-        _ = model.colour
+    with pytest.raises(AttributeError, match="no attribute 'color'"):
+        _ = model.color
     assert_true_logits(copy.deepcopy(model))
 
 
@@ -189,7 +189,7 @@ def test_name_in_the_checkpoints_own_parameters(copied: Path, llama: Path) -> No
 def test_pickles(copied: Path, llama: Path) -> None:
     file = next(copied.glob("*.safetensors"))
     torch.save(load_file(file), copied / f"{file.stem}.bin")
-    torch.save({}, copied / "optimiser-state.bin")
+    torch.save({}, copied / "optimizer-state.bin")
     file.unlink()
     with pytest.raises(CheckpointError, match=r"pickle.*use_safetensors=False"):
         from_quantized(copied)
@@ -200,7 +200,7 @@ def test_pickles(copied: Path, llama: Path) -> None:
 def test_given_parameters(copied: Path, llama: Path) -> None:
     """For a checkpoint that has lost them; ``sym`` at its default is no claim about the zero points."""
     (copied / "quantize_config.json").unlink()
-    with pytest.raises(ValueError, match="no quantised checkpoint, or one that has lost its parameters"):
+    with pytest.raises(ValueError, match="no quantized checkpoint, or one that has lost its parameters"):
         from_quantized(copied)
     given = BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
     assert_like_twin(from_quantized(copied, quantize_config=given), llama)
@@ -266,5 +266,5 @@ def test_parameters_that_gptq_does_not_have(raw: dict[str, Any], message: str) -
 
 
 def test_synonyms_and_unknown_parameters() -> None:
-    config = BaseQuantizeConfig.from_quant_config({"W_BIT": 8, "q_group_size": 64, "colour": "red"}, "gptq_v2")
+    config = BaseQuantizeConfig.from_quant_config({"W_BIT": 8, "q_group_size": 64, "color": "red"}, "gptq_v2")
     assert (config.bits, config.group_size, config.checkpoint_format) == (8, 64, "gptq_v2")

@@ -93,7 +93,7 @@ def test_dora(checkpoints: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_initialisations_that_would_change_packed_weights(how: str, checkpoints: dict[str, Path]) -> None:
+def test_initializations_that_would_change_packed_weights(how: str, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=f"init_lora_weights='{how}' changes the weights of the base layer"):
         adapted(checkpoints["llama"], config(init_lora_weights=how))
 

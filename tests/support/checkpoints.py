@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.gptq import Recipe, quantize
 
 Overrides = Callable[[str], Recipe | None]
-"""From a module's name to its recipe; None leaves the module unquantised."""
+"""From a module's name to its recipe; None leaves the module unquantized."""
 
 EXPERT_STYLES = {
     "GPTQModel's": "{container}.{expert}.{projection}",
@@ -44,11 +44,11 @@ def write_pair(
     Args:
         folder: An empty folder.
         model: A random transformers model in float32.
-        recipe: How to quantise.
-        only: Modules whose name matches this are quantised.
+        recipe: How to quantize.
+        only: Modules whose name matches this are quantized.
         overrides: A recipe of its own for some modules.
         dynamic: GPTQModel's rules, to declare ``overrides``.
-        rename: Pattern and replacement for the names in the quantised files.
+        rename: Pattern and replacement for the names in the quantized files.
         expert_style: Names for experts that transformers itself stores fused.
         fused_bias: Whether their biases stay fused.
         split_gate_up: Whether interleaved gate and up are stored apart.
@@ -166,7 +166,7 @@ def zero_g_idx(state: dict[str, torch.Tensor]) -> None:
 
 
 def edit_config(checkpoint: Path, **changes: Any) -> None:
-    """Change quantisation parameters wherever ``checkpoint`` states them; None deletes one."""
+    """Change quantization parameters wherever ``checkpoint`` states them; None deletes one."""
     for name in ("config.json", "quantize_config.json"):
         path = checkpoint / name
         if not path.exists():

@@ -149,7 +149,7 @@ def _linear(shape: Shape, stored: GptqTensors, dtype: torch.dtype) -> QuantLinea
 def expected(
     case: Experts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, module: QuantExperts | None = None
 ) -> torch.Tensor:
-    """The reference's answer in float32 (float64 would dequantise no better), from fresh tensors."""
+    """The reference's answer in float32 (float64 would dequantize no better), from fresh tensors."""
     reference = case.module(TorchExperts(), x.device.type)
     if module is not None and case.norm:
         reference.post_expert_norm = module.post_expert_norm.float()

@@ -1,4 +1,4 @@
-"""A second, independent GPTQ quantiser and packer: numpy and Python integers, no line shared with graftq.
+"""A second, independent GPTQ quantizer and packer: numpy and Python integers, no line shared with graftq.
 
 Rounding to nearest is enough: the tests ask whether a checkpoint is read right, not how good it is.
 """
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantise; the names are those of ``quantize_config.json``."""
+    """How to quantize; the names are those of ``quantize_config.json``."""
 
     bits: int = 4
     group_size: int = 32
@@ -58,7 +58,7 @@ def pack_stream(codes: np.ndarray, bits: int) -> np.ndarray:
 def quantize(
     weight: torch.Tensor, recipe: Recipe, rng: np.random.Generator
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Quantise ``weight`` [N, K].
+    """Quantize ``weight`` [N, K].
 
     Returns:
         The tensors by suffix, and the float32 weight [N, K] that they stand for.

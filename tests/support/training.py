@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from support.processes import ROOT
 
 REAL = ROOT / "examples" / "tiny-mixtral-gptq"
-"""A Mixtral that AutoGPTQ has quantised."""
+"""A Mixtral that AutoGPTQ has quantized."""
 
 _GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PLACES = pytest.mark.parametrize(

@@ -45,7 +45,7 @@ DEEPSEEK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint to make up: architecture, how it is quantised, its sizes, and options of ``write_pair``."""
+    """A checkpoint to make up: architecture, how it is quantized, its sizes, and options of ``write_pair``."""
 
     kind: str
     recipe: Recipe

@@ -140,7 +140,7 @@ def test_biases_go_where_their_outputs_are(tmp_path: Path) -> None:
             found.get_linear(None)
 
 
-def test_the_files_decide_what_is_quantised(tmp_path: Path) -> None:
+def test_the_files_decide_what_is_quantized(tmp_path: Path) -> None:
     def choose(name: str) -> Recipe | None:
         return None if name.endswith("k_proj") else Recipe()
 

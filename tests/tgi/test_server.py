@@ -96,7 +96,7 @@ def test_tokens_of_every_format(
 
 @pytest.mark.parametrize("real", ["flash", "flash, two shards"], indirect=True)
 def test_requests_of_a_batch_end_at_different_times(real: Server, greedy: Greedy) -> None:
-    """Not through transformers, whose newer caches the server cannot filter, quantised or not."""
+    """Not through transformers, whose newer caches the server cannot filter, quantized or not."""
     requests = [ask(number, prompt, 8 + 6 * number) for number, prompt in enumerate(PROMPTS)]
     expected = {str(number): greedy(REAL, prompt, 8 + 6 * number) for number, prompt in enumerate(PROMPTS)}
     assert server_tokens(real, requests) == expected
@@ -116,13 +116,13 @@ def test_continuous_batching(real: Server, greedy: Greedy) -> None:
 
 @pytest.fixture(scope="module")
 def twin(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same model unquantised, served by the server alone."""
-    folder = dequantised(tmp_path_factory.mktemp("twin"))
+    """The same model unquantized, served by the server alone."""
+    folder = dequantized(tmp_path_factory.mktemp("twin"))
     with serve(folder, installed=installed, GRAFTQ_DISABLE="1") as server:
         yield server
 
 
-def dequantised(folder: Path) -> Path:
+def dequantized(folder: Path) -> Path:
     """A float copy of the real checkpoint, by the tests' own arithmetic."""
     from support.gptq import dequantize
 

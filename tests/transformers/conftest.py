@@ -1,4 +1,4 @@
-"""A quantised Mixtral and Llama to load, made once; tests that damage one work on a copy."""
+"""A quantized Mixtral and Llama to load, made once; tests that damage one work on a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every architecture, in the names that the Hub and the quantisers use, against its float twin."""
+"""Every architecture, in the names that the Hub and the quantizers use, against its float twin."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_base_model_without_its_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["self_attn", "experts", "layers.1."], ids=["attention", "experts", "one layer"])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_partly_quantised(name: str, part: str, tmp_path: Path) -> None:
+def test_partly_quantized(name: str, part: str, tmp_path: Path) -> None:
     overrides = {True: Recipe(), False: None}
     assert_right(write_pair(tmp_path, tiny(name), Recipe(), overrides=lambda module: overrides[part in module]))
 
 
-def test_a_new_head_may_be_initialised(tmp_path: Path) -> None:
+def test_a_new_head_may_be_initialized(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     checkpoint = write_pair(tmp_path, tiny("llama"), Recipe())

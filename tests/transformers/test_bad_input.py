@@ -98,7 +98,7 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "group contradicts the tensors": ({"group_size": 16}, "says group_size 16"),
     "one group contradicts the tensors": ({"group_size": -1}, "says group_size -1"),
     "group_size 0": ({"group_size": 0}, r"config\.json: group_size is 0"),
-    "v2 label on v1 zeros": ({"checkpoint_format": "gptq_v2"}, "labelled gptq_v2"),
+    "v2 label on v1 zeros": ({"checkpoint_format": "gptq_v2"}, "labeled gptq_v2"),
     "an unknown method": ({"quant_method": "gtpq"}, r"quant_method is 'gtpq'"),
     "an unknown format": ({"checkpoint_format": "exl2"}, r"checkpoint_format is 'exl2'"),
     "dynamic no object": ({"dynamic": ["x"]}, r"config\.json: dynamic is a list"),

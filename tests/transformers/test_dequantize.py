@@ -41,7 +41,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("what", MODELS)
-def test_the_model_that_was_quantised(what: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_model_that_was_quantized(what: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     name, arguments = MODELS[what]
     checkpoint = write_pair(tmp_path, tiny(name), **{"recipe": Recipe(), **arguments})
     twin = load(checkpoint.parent / "float")
@@ -103,7 +103,7 @@ def test_after_saving(originals: dict[str, Path], tmp_path: Path) -> None:
     assert model.dequantize().dtype == torch.float32
 
 
-def test_a_copy_is_dequantised_alone(originals: dict[str, Path]) -> None:
+def test_a_copy_is_dequantized_alone(originals: dict[str, Path]) -> None:
     model = load(originals["mixtral"])
     twin = copy.deepcopy(model).dequantize()
     assert isinstance(model.model.layers[0].mlp.experts, QuantExperts)

@@ -1,4 +1,4 @@
-"""A Mixtral that was trained, and quantised by AutoGPTQ, against ground truth computed without graftq."""
+"""A Mixtral that was trained, and quantized by AutoGPTQ, against ground truth computed without graftq."""
 
 from __future__ import annotations
 

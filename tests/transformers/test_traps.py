@@ -83,7 +83,7 @@ def test_v2_zeros_read_as_v1_and_the_reverse(written: str, label: str, tmp_path:
     checkpoint = write_pair(tmp_path, tiny("llama"), Recipe(checkpoint_format=written))
     assert_right(checkpoint)
     edit_config(checkpoint, checkpoint_format=label)
-    with pytest.raises(CheckpointError, match=f"qzeros: labelled {label}"):
+    with pytest.raises(CheckpointError, match=f"qzeros: labeled {label}"):
         load(checkpoint)
 
 
@@ -158,12 +158,12 @@ def test_modules_in_block_to_quantize_incomplete(copy: Copy) -> None:
     assert_right(checkpoint)
 
 
-def test_lm_head_quantised(tmp_path: Path) -> None:
+def test_lm_head_quantized(tmp_path: Path) -> None:
     model = assert_right(write_pair(tmp_path, tiny("llama"), Recipe(), only="(proj|lm_head)$"))
     assert isinstance(model.lm_head, QuantLinear)
 
 
-def test_router_gate_quantised(tmp_path: Path) -> None:
+def test_router_gate_quantized(tmp_path: Path) -> None:
     model = assert_right(write_pair(tmp_path, tiny("mixtral"), Recipe(), only=r"(proj|w[123]|gate)$"))
     assert model.model.layers[1].mlp.gate.weight.dtype == torch.float32
 

@@ -40,7 +40,7 @@ KINDS = [
     Case("trained Mixtral", "eager", REAL, truth=TRUTH),
     Case("v2, 3 bits", "eager", pair("llama", Recipe(3, sym=False, checkpoint_format="gptq_v2"))),
     Case("v2, 4 bits", "eager", pair("llama", Recipe(4, sym=False, checkpoint_format="gptq_v2"))),
-    Case("quantised head", "eager", pair("llama", Recipe(3), only=HEAD)),
+    Case("quantized head", "eager", pair("llama", Recipe(3), only=HEAD)),
     Case("sharded files", "eager", pair("mixtral", Recipe(zero_bias=True), layout="sharded")),
     Case("only quantize_config.json", "eager", pair("llama", Recipe(), layout="AutoGPTQ's"), BY_NAME),
     Case("plain attention", "eager", pair("mixtral", Recipe(), overrides=_all_but("self_attn"), dynamic=NO_ATTENTION)),
@@ -69,7 +69,7 @@ RANKS = [
     Case("fused in the files, on two ranks", "two ranks", pair("phi3", Recipe(4)), TWO),
     Case("expert parallel", "two ranks", pair("mixtral", Recipe(3)), {**TWO, "enable_expert_parallel": True}),
     Case("trained Mixtral in two stages", "two stages", REAL, STAGES, truth=TRUTH),
-    Case("quantised head in two stages", "two stages", pair("llama", Recipe(3), only=HEAD), STAGES),
+    Case("quantized head in two stages", "two stages", pair("llama", Recipe(3), only=HEAD), STAGES),
 ]
 
 
@@ -94,7 +94,7 @@ DAMAGED = [
     ("g_idx out of range", LLAMA, _fill("q_proj.g_idx", 99), "q_proj.g_idx: group 99 out of range"),
     ("bias where the model has none", LLAMA, _fill("up_proj.bias", 1), "up_proj.bias: non-zero bias"),
     ("expert's bias", MIXTRAL, _fill("experts.1.w3.bias", 1), r"experts\.1\.w3\.bias: non-zero bias"),
-    ("wrong label", LLAMA, lambda path: edit_config(path, checkpoint_format="gptq_v2"), "labelled gptq_v2, but"),
+    ("wrong label", LLAMA, lambda path: edit_config(path, checkpoint_format="gptq_v2"), "labeled gptq_v2, but"),
     ("wrong bits", LLAMA, lambda path: edit_config(path, bits=8), "says 8 bits, but qweight has .*show 4"),
 ]
 ERRORS = [Case(name, "eager", damaged(build, damage), error=said) for name, build, damage, said in DAMAGED]

@@ -155,7 +155,7 @@ def test_experts(rank: int, ranks: int, mine: range, checkpoint: Checkpoint) -> 
     assert relative_error(found, checkpoint.experts(prefix, x, ids, weights, mine, rows)) < 1e-5
 
 
-def test_files_decide_what_is_quantised(checkpoint: Checkpoint) -> None:
+def test_files_decide_what_is_quantized(checkpoint: Checkpoint) -> None:
     checkpoint.add("model.layers.0.mlp.down_proj", 64, 64, Recipe())
     checkpoint.tensors["model.layers.0.mlp.router.weight"] = torch.zeros(4, 64)
     checkpoint.tensors["lm_head.weight"] = torch.zeros(8, 64)
@@ -183,7 +183,7 @@ def test_names_follow_the_model(checkpoint: Checkpoint) -> None:
 def test_half_quantised_fused_layer(checkpoint: Checkpoint) -> None:
     checkpoint.add(f"{ATTENTION}.q_proj", 64, 64, Recipe())
     checkpoint.tensors[f"{ATTENTION}.k_proj.weight"] = torch.zeros(64, 64)
-    with pytest.raises(CheckpointError, match=r"q_proj: quantised, but .*k_proj is not"):
+    with pytest.raises(CheckpointError, match=r"q_proj: quantized, but .*k_proj is not"):
         checkpoint.config().get_quant_method(LinearBase(), f"{ATTENTION}.qkv_proj")
 
 
@@ -204,7 +204,7 @@ DAMAGES = {
     "narrow qweight": (_set("qweight", lambda t: t[:, :32]), "o_proj: qweight has 32 columns, the layer 64 outputs"),
     "short qweight": (_set("qweight", lambda t: t[:-1]), "o_proj: .* qweight has 7 rows"),
     "float zero points": (_set("qzeros", lambda t: t.float()), "o_proj.qzeros: dtype F32"),
-    "v2 zero points": (_set("qzeros", lambda t: t + 0x11111111), "o_proj.qzeros: labelled gptq, but"),
+    "v2 zero points": (_set("qzeros", lambda t: t + 0x11111111), "o_proj.qzeros: labeled gptq, but"),
     "bias": (lambda t: t.update({f"{ATTENTION}.o_proj.bias": torch.ones(64)}), "o_proj.bias: non-zero bias"),
 }
 
@@ -266,8 +266,8 @@ SIGNATURES = {
     "output_size params_dtype extra_weight_attrs",
     "linear.GraftqLinearMethod.process_weights_after_loading": "layer",
     "linear.GraftqLinearMethod.apply": "layer x bias",
-    "fused_moe.GraftqMoEMethod.create_weights": "layer num_experts hidden_size intermediate_size_per_partition params_dtype "
-    "extra_weight_attrs",
+    "fused_moe.GraftqMoEMethod.create_weights": "layer num_experts hidden_size intermediate_size_per_partition "
+    "params_dtype extra_weight_attrs",
     "fused_moe.GraftqMoEMethod.process_weights_after_loading": "layer",
     "fused_moe.GraftqMoEMethod.get_fused_moe_quant_config": "layer",
     "fused_moe.GraftqMoEMethod.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",

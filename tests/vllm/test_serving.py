@@ -25,7 +25,7 @@ PATIENCE = 240
 
 @pytest.fixture
 def address(interpreter: str, tmp_path: Path) -> Iterator[str]:
-    """Of a server for the project's own checkpoint, started without a word about quantisation."""
+    """Of a server for the project's own checkpoint, started without a word about quantization."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

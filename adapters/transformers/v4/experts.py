@@ -22,7 +22,7 @@ def fuse_experts(model: nn.Module) -> None:
     """
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    # A subclass, so that what recognises the block by its class still does.
+    # A subclass, so that what recognizes the block by its class still does.
     fused = type(MixtralSparseMoeBlock.__name__, (MixtralSparseMoeBlock,), {"forward": _forward})
     for block in model.modules():
         if type(block) is MixtralSparseMoeBlock and _all_packed(block.experts):

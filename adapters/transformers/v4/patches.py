@@ -20,7 +20,7 @@ FOUND_BY_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def patch_quantizers(module: ModuleType) -> None:
-    """Put graftq's quantiser and configuration class in the place of the stock ones for "gptq"."""
+    """Put graftq's quantizer and configuration class in the place of the stock ones for "gptq"."""
     register(module, GptqHfQuantizer)
 
 

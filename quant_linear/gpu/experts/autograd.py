@@ -67,7 +67,7 @@ def _launches(
 def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *arguments: object) -> torch.Tensor:
     """The gradient [slots / share, features] of the product's ``x``. Arguments: as for the product, then features.
 
-    Expert by expert from dequantised weights; waits for the device, to learn which experts have tokens.
+    Expert by expert from dequantized weights; waits for the device, to learn which experts have tokens.
     """
     *tensors, signature = arguments[:-4]
     stack, spec = Stack(*tensors), QuantSpec.parse(signature)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _tiled_experts_product_grad(grad: torch.Tensor, index: torch.Tensor, *argume
 
 
 def _plain(stack: Stack, spec: QuantSpec, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """One expert's weights, dequantised: [64 * tiles, 128 * atoms], inputs in packed order."""
+    """One expert's weights, dequantized: [64 * tiles, 128 * atoms], inputs in packed order."""
     kind = StackKind.of(stack)
     out = torch.empty(kind.codes[1] * 64, kind.atoms * 128, dtype=dtype, device=kind.device)
     _dequantize(kind, spec.signature, dtype)(*(tensor[expert] for tensor in stack.weights), out)

@@ -81,7 +81,7 @@ def _uniform(spec: ExpertsSpec) -> Rejected | None:
             ]
             return Rejected(
                 f"the experts' {' and '.join(stack)} are not all alike in {', '.join(differing)}",
-                "quantise all experts of a layer alike",
+                "quantize all experts of a layer alike",
             )
     return None
 

@@ -83,7 +83,7 @@ class _PagedAttention:
 
 
 class _GatedMLPMOE(torch.nn.Module):
-    """The server's own experts, unquantised."""
+    """The server's own experts, unquantized."""
 
     def __init__(self, W13, W2, use_prepack):
         super().__init__()
