@@ -1,40 +1,43 @@
-"""What surrounds the implementation of an operator: the current device, and torch's dispatcher.
+"""Calls of an operator's implementation without torch's dispatcher, and the current device during such calls.
 
-The dispatcher costs a call of ten arguments some 5 to 10 us of host time, so it is passed where nobody would notice.
+The dispatcher costs a call of ten arguments some 5 to 10 us of host time. Where nothing observes operators, the
+implementation is called directly.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
-P = ParamSpec("P")
-Operator = Callable[Concatenate[torch.Tensor, P], torch.Tensor]
+Operator = TypeVar("Operator", bound=Callable[..., torch.Tensor])
 
 
-def on_its_device(implementation: Operator[P]) -> Operator[P]:
-    """Make the first tensor's device the current one meanwhile: Triton launches there."""
+def on_its_device(implementation: Operator) -> Operator:
+    """Make the device of the first argument, a tensor, the current one during the call: Triton launches there.
+
+    All arguments are positional, as the dispatcher passes them.
+    """
 
     @functools.wraps(implementation)
-    def run(x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+    def run(x: torch.Tensor, *args: Any) -> torch.Tensor:
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return implementation(x, *args, **kwargs)
-        return implementation(x, *args, **kwargs)
+                return implementation(x, *args)
+        return implementation(x, *args)
 
-    return run
+    return cast(Operator, run)
 
 
 def is_unwatched(x: torch.Tensor) -> bool:
-    """Whether calling an operator on ``x`` comes to calling its implementation.
+    """Whether calling an operator on ``x`` does no more than calling its implementation.
 
-    Not while something compiles, traces or transforms, a dispatch mode looks at operators (counters of FLOPs, fake
-    tensors), a profiler wants their names, or ``x`` is of a class of its own.
+    False while something compiles, traces or transforms, while a dispatch mode (a counter of FLOPs, fake tensors) or a
+    profiler observes operators, and for ``x`` of a subclass of ``torch.Tensor``.
     """
     return (
         not torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
-"""The product with one projection in tiles: its launches, settled once for each shape of activations.
+"""The launches of one product ``x @ W.T + bias``, prepared once for each kind of call.
 
-A decode step has hundreds of products and takes a few milliseconds, so what each costs the host counts: tile, grid,
-numbers and constants are worked out at the first call, and found again by one look-up.
+A decode step makes hundreds of these calls within a few milliseconds, so their host time matters: tile, grid,
+integers and constants are worked out at the first call of a kind, and found by one look-up from then on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from graftq.quant_linear.gpu.dequantized_weights import TiledWeights, dequantized_runs
 from graftq.quant_linear.gpu.devices import device_of, program_for, row_stride
@@ -24,7 +25,22 @@ from graftq.quant_linear.spec import QuantSpec
 
 
 class LinearKey(NamedTuple):
-    """What of a call its launches depend on: of the activations, then of the :class:`TiledWeights`."""
+    """All that the launches of a call depend on but the tensors' addresses; calls with equal keys share them.
+
+    Attributes:
+        signature: ``QuantSpec.signature``.
+        shape: Of the activations, [..., K].
+        strides: Of the activations.
+        dtype: Of the activations.
+        device: Of the activations, and of everything else.
+        atoms: Atoms of 128 input rows in ``codes``.
+        scale_rows: Rows of ``scales``.
+        scale_stride: Elements from one row of ``scales`` to the next, more than N where siblings are joined.
+        zero_stride: Likewise of ``qzeros``; 0 if symmetric.
+        scale_dtype: A kernel is compiled for it.
+        bias_dtype: Likewise; None if there is no bias.
+        is_ordered: Whether act-order has moved the input rows.
+    """
 
     signature: str
     shape: torch.Size
@@ -39,47 +55,74 @@ class LinearKey(NamedTuple):
     bias_dtype: torch.dtype | None
     is_ordered: bool
 
+    @staticmethod
+    def of(x: Tensor, weights: TiledWeights, signature: str) -> LinearKey:
+        """The key of ``x @ W.T + bias``.
+
+        Every call builds one: ``tuple.__new__`` takes half the time of the class's own constructor.
+        """
+        codes, _, scales, qzeros, order, bias = weights
+        fields = (
+            signature,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+            codes.shape[1],
+            scales.shape[0],
+            scales.stride()[0],
+            0 if qzeros is None else qzeros.stride()[0],
+            scales.dtype,
+            None if bias is None else bias.dtype,
+            order is not None,
+        )
+        return tuple.__new__(LinearKey, fields)
+
 
 @lru_cache(maxsize=4096)
-def launches_for(*given: object) -> LinearLaunches:
-    """The product for what is :class:`LinearKey`."""
-    return LinearLaunches(LinearKey(*given))  # type: ignore[arg-type]
+def launches_for(key: LinearKey) -> LinearLaunches:
+    """The launches of the calls that have this key."""
+    return LinearLaunches(key)
 
 
 class LinearLaunches:
-    """``x @ W.T + bias``: act-order's gathering, then unpacking in the product or before it."""
+    """``x @ W.T + bias``: act-order's gathering, then a kernel that unpacks as it multiplies, or dequantized weights.
 
-    def __init__(self, given: LinearKey):
-        spec = QuantSpec.parse(given.signature)
-        group = TiledLayout(spec).group(given.scale_rows)
-        m, k, places = given.shape[:-1].numel(), spec.in_features, given.atoms * 128
-        if given.shape[-1] != k:
-            raise RuntimeError(f"an input of width {given.shape[-1]} for a layer of {k} inputs")
-        device = device_of(given.device)
+    Raises:
+        RuntimeError: The activations' width is not that of the layer.
+    """
+
+    def __init__(self, key: LinearKey):
+        spec = QuantSpec.parse(key.signature)
+        group = TiledLayout(spec).group(key.scale_rows)
+        m, k, places = key.shape[:-1].numel(), spec.in_features, key.atoms * 128
+        if key.shape[-1] != k:
+            raise RuntimeError(f"an input of width {key.shape[-1]} for a layer of {k} inputs")
+        device = device_of(key.device)
         tile = choose(device, spec.bits, group, spec.out_features, places, m) if m else None
-        overlap = given.is_ordered and tile is not None and device.capability >= 90
-        self._out_shape = (*given.shape[:-1], spec.out_features)
+        overlap = key.is_ordered and tile is not None and device.capability >= 90
+        self._out_shape = (*key.shape[:-1], spec.out_features)
         self._is_empty = m == 0
-        stride = row_stride(given.shape, given.strides)
+        stride = row_stride(key.shape, key.strides)
         self._is_scattered = stride is None
         if stride is None:
             stride = k
         self._gather: Launch | None = None
-        if given.is_ordered:
+        if key.is_ordered:
             block = 256 if m <= 64 else 1024
             # Tokens first: a grid's first dimension is the only one that may exceed 65535.
             grid = (m, -(-places // block), 1)
             self._gather = Launch(gather_kernel, grid, (k, places, stride), (block, overlap), (("num_warps", 4),))
             self._gathered_shape = (m, places)
             k = stride = places
-        self._multiply: _FusedProduct | _DequantizedProduct
+        self._product: _FusedProduct | _DequantizedProduct
         if tile is None:
-            self._multiply = _DequantizedProduct(spec, k)
+            self._product = _DequantizedProduct(spec, k)
         else:
-            self._multiply = _FusedProduct(given, spec, group, tile, (m, k, stride), overlap)
+            self._product = _FusedProduct(key, spec, group, tile, (m, k, stride), overlap)
 
-    def __call__(self, x: torch.Tensor, weights: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        """[..., N], contiguous, for the tensors of :class:`TiledWeights`."""
+    def run(self, x: Tensor, weights: TiledWeights) -> Tensor:
+        """[..., N], contiguous, for tensors that have the key."""
         out = x.new_empty(self._out_shape)
         if self._is_empty:
             return out
@@ -87,27 +130,35 @@ class LinearLaunches:
             x = x.contiguous()
         if self._gather is not None:
             gathered = x.new_empty(self._gathered_shape)
-            order = weights[4]
-            assert order is not None
-            self._gather(x, order, gathered)
+            assert weights.order is not None
+            self._gather(x, weights.order, gathered)
             x = gathered
-        self._multiply(x, weights, out)
+        self._product.run(x, weights, out)
         return out
 
 
 class _FusedProduct:
-    """Unpacks in the product."""
+    """Unpacks the weights as it multiplies: ``matrix_kernel``, or ``vector_kernel`` for one token.
+
+    Args:
+        key: Of the call.
+        spec: Its signature's.
+        group: Input rows per row of ``scales``, 0 for one group.
+        tile: One of the vector kernel's if it has a single token.
+        rows: Tokens, width and row stride of the activations that the kernel reads (those gathered, if any).
+        overlap: Whether the kernel may start before the gathering ends.
+    """
 
     def __init__(
-        self, given: LinearKey, spec: QuantSpec, group: int, tile: Tile, rows: tuple[int, int, int], overlap: bool
+        self, key: LinearKey, spec: QuantSpec, group: int, tile: Tile, rows: tuple[int, int, int], overlap: bool
     ):
-        (m, k, stride), n, atoms = rows, spec.out_features, given.atoms
-        self._device = given.device
+        (m, k, stride), n, atoms = rows, spec.out_features, key.atoms
+        self._device = key.device
         self._tiles = -(-n // tile.rows) * (1 if tile.tokens == 1 else -(-m // tile.tokens))
         self._partials = tile.splits * m * n if tile.splits > 1 else 0
-        program = program_for(given.device, spec.bits, given.dtype, spec.sym)
-        weights = (spec.bits, group, spec.sym, spec.zero_offset, program, given.bias_dtype is not None)
-        strides = (given.scale_stride, given.zero_stride)
+        program = program_for(key.device, spec.bits, key.dtype, spec.sym)
+        weights = (spec.bits, group, spec.sym, spec.zero_offset, program, key.bias_dtype is not None)
+        strides = (key.scale_stride, key.zero_stride)
         mask_k = k < atoms * 128
         grid, options = (self._tiles, tile.splits, 1), tile.options(overlap)
         constants: tuple[object, ...]
@@ -118,18 +169,16 @@ class _FusedProduct:
             masks = (m % tile.tokens > 0, mask_k)
             shape = (tile.rows, tile.tokens, tile.unroll, tile.splits)
             constants = (*weights, *masks, tile.scale_weights, m > tile.tokens, overlap, *shape)
-            numbers = (m, n, k, atoms, given.scale_rows, stride, *strides)
-            self._launch = Launch(matrix_kernel, grid, numbers, constants, options)
+            integers = (m, n, k, atoms, key.scale_rows, stride, *strides)
+            self._launch = Launch(matrix_kernel, grid, integers, constants, options)
 
-    def __call__(self, x: torch.Tensor, weights: tuple[torch.Tensor | None, ...], out: torch.Tensor) -> None:
+    def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
         codes, high, scales, qzeros, _, bias = weights
-        assert codes is not None
-        assert scales is not None
         partials = arrivals = codes  # any tensor: without splits the kernel touches neither
         if self._partials:
             partials = torch.empty(self._partials, dtype=torch.float32, device=self._device)
             arrivals = counters(self._device, self._tiles)
-        # Likewise for what is not there.
+        # Any tensor, too, for those that are absent: the kernel does not read them.
         self._launch(
             x,
             codes,
@@ -144,19 +193,18 @@ class _FusedProduct:
 
 
 class _DequantizedProduct:
-    """Dequantizes, and leaves the product to cuBLAS."""
+    """Dequantizes the weights, and leaves the product to cuBLAS: for very many tokens."""
 
     def __init__(self, spec: QuantSpec, k: int):
         self._spec = spec
         self._k = k
 
-    def __call__(self, x: torch.Tensor, weights: tuple[torch.Tensor | None, ...], out: torch.Tensor) -> None:
-        given = TiledWeights(*weights)  # type: ignore[arg-type]
+    def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
         x, out = x.reshape(-1, self._k), out.view(-1, out.shape[-1])
-        for first, run in dequantized_runs(given, self._spec, x.dtype):
+        for first, run in dequantized_runs(weights, self._spec, x.dtype):
             last = first + len(run)
             transposed = run[:, : self._k].T
-            if given.bias is None:
+            if weights.bias is None:
                 torch.mm(x, transposed, out=out[:, first:last])
             else:
-                torch.addmm(given.bias[first:last].to(x.dtype), x, transposed, out=out[:, first:last])
+                torch.addmm(weights.bias[first:last].to(x.dtype), x, transposed, out=out[:, first:last])

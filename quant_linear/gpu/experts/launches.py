@@ -1,7 +1,7 @@
-"""The launches that experts' operators consist of, each settled once for the shapes of its arguments.
+"""The launches that the experts' operators consist of, each prepared once for the shapes of its arguments.
 
-``Preparation`` routes and gathers, ``MatrixProduct`` is one product of many slots. What a product depends on besides
-its tensors' addresses is a :class:`StackKind` of stack.
+:class:`Preparation` routes and gathers, :class:`MatrixProduct` multiplies many slots. :class:`StackKind` is what a
+launch depends on of a stack, besides its tensors' addresses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.gpu.devices import device_of, program_for
@@ -29,33 +30,50 @@ from graftq.quant_linear.spec import QuantSpec
 
 
 class Stack(NamedTuple):
-    """The tensors of one product of all experts, from ``TiledExpertsLayout``, in the operators' order of arguments.
+    """The tensors of one product of all E experts, from ``TiledExpertsLayout``, in the operators' order of arguments.
 
-    ``bias`` [experts, columns] may be the model's own; ``columns`` None means that rows are columns.
+    Attributes:
+        codes: int16 [E, tiles, atoms, words].
+        high: int16 [E, tiles, atoms, 512], 3 bits only.
+        scales: [E, groups, 64 * tiles].
+        zeros: int16, like ``scales``; None if all experts are symmetric.
+        order: int32 [E, parts, 128 * atoms]: the input row at each place; None if no rows have moved.
+        columns: int32 [E, 64 * tiles]: the column of ``bias`` for each row; None if they are the same.
+        bias: [E, columns], the checkpoint's or the model's own; None if there is none.
     """
 
-    codes: torch.Tensor
-    high: torch.Tensor | None
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    order: torch.Tensor | None
-    columns: torch.Tensor | None
-    bias: torch.Tensor | None
+    codes: Tensor
+    high: Tensor | None
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    columns: Tensor | None
+    bias: Tensor | None
 
     @property
-    def weights(self) -> tuple[torch.Tensor, ...]:
-        """Codes, high, scales and zeros; for what is absent any tensor: the kernels do not touch it."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """Codes, high, scales and zeros; any other tensor for one that is absent, which the kernels do not read."""
         codes, high, scales, zeros = self[:4]
         return codes, codes if high is None else high, scales, codes if zeros is None else zeros
 
     @property
-    def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def biases(self) -> tuple[Tensor, Tensor]:
         """Bias and columns, likewise."""
         return self.scales if self.bias is None else self.bias, self.codes if self.columns is None else self.columns
 
 
 class StackKind(NamedTuple):
-    """What of a stack its launches depend on."""
+    """All that a launch depends on of a stack but the tensors' addresses.
+
+    Attributes:
+        codes: Shape of ``codes``: experts, tiles of 64 output rows, atoms of 128 input rows, words of an atom.
+        scale_rows: Rows of an expert's ``scales``.
+        scale_dtype: Kernels are compiled for it.
+        device: Of all tensors.
+        is_symmetric: Whether there are no ``zeros``.
+        order: Shape of ``order``; None if no rows have moved.
+        bias: Width and dtype of ``bias``; None if there is none.
+    """
 
     codes: torch.Size
     scale_rows: int
@@ -69,7 +87,7 @@ class StackKind(NamedTuple):
     def of(stack: Stack) -> StackKind:
         """The kind of these tensors."""
         codes, _, scales, zeros, order, _, bias = stack
-        return StackKind(
+        fields = (
             codes.shape,
             scales.shape[1],
             scales.dtype,
@@ -78,6 +96,7 @@ class StackKind(NamedTuple):
             None if order is None else order.shape,
             None if bias is None else (bias.shape[1], bias.dtype),
         )
+        return tuple.__new__(StackKind, fields)
 
     @property
     def experts(self) -> int:
@@ -106,22 +125,28 @@ class StackKind(NamedTuple):
 
 
 def formula_constants(activation: Activation | None, is_gated: bool) -> tuple[object, ...]:
-    """ACTIVATION, ALPHA, LIMIT and GATED; an empty name for a bare product."""
+    """ACTIVATION, ALPHA, LIMIT and GATED; an empty name if the product has no activation."""
     if activation is None:
         return "", 0.0, 0.0, False
     return activation.name, activation.alpha, activation.limit, is_gated
 
 
 class SplitSpace:
-    """Partial sums and arrival counters of a launch; any tensors if it needs none."""
+    """The partial sums and arrival counters that a launch needs for its splits of K.
+
+    Args:
+        device: Where it runs.
+        partials: float32 partial sums; 0 if there is one split.
+        arrivals: Counters.
+    """
 
     def __init__(self, device: torch.device, partials: int, arrivals: int):
         self._device = device
         self._partials = partials
         self._arrivals = arrivals
 
-    def __call__(self, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a launch on the current stream."""
+    def __call__(self, stack: Stack) -> tuple[Tensor, Tensor]:
+        """For a launch on the current stream; any tensors of ``stack`` if it needs none."""
         if not self._partials:
             return stack.scales, stack.codes
         partials = torch.empty(self._partials, dtype=torch.float32, device=self._device)
@@ -129,14 +154,14 @@ class SplitSpace:
 
 
 class InputRows(NamedTuple):
-    """Activations as a product reads them: ``slots`` rows, each of ``share`` slots that follow one another.
+    """How a product reads its activations: a slot is a token with one of its experts, and reads one row.
 
     Attributes:
         slots: Tokens times experts of each.
-        share: Slots that read the same row.
-        k: Input rows that there are, less than a whole atom's if nothing was gathered.
+        share: Consecutive slots that read the same row.
+        k: Elements of a row; fewer than the atoms hold if the rows were not gathered and K is no multiple of 128.
         stride: Elements from one row to the next.
-        part_stride: Elements from one part of a row to the next, 0 if there are no parts.
+        part_stride: Elements from one part of a row to the next; 0 if all parts of the stack read the same.
     """
 
     slots: int
@@ -147,15 +172,27 @@ class InputRows(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a preparation leaves behind: activations, and the tiles as in ``prepare_kernel``, if it routed."""
+    """What a preparation returns.
 
-    x: torch.Tensor
-    slots: torch.Tensor
-    tile_expert: torch.Tensor
+    Attributes:
+        x: The activations, gathered if there is an order.
+        slots: int32 [tiles * tokens], if it routed: the slots of each tile (``slots`` of ``prepare_kernel``).
+        tile_expert: int32 [tiles], if it routed: the expert of each tile.
+    """
+
+    x: Tensor
+    slots: Tensor
+    tile_expert: Tensor
 
 
 class Preparation:
-    """Routes in tiles of ``tokens`` (unless None), and gathers if there is an order: one launch, or none.
+    """Sorts slots into tiles of one expert each, and gathers activations into packed order: one launch, or none.
+
+    Args:
+        rows: The activations before.
+        kind: The stack that will read them; they are gathered if it has an order.
+        overlap: Whether the next kernel may start before the launch ends.
+        tokens: Slots in a tile; None if the product needs no tiles.
 
     Attributes:
         rows: The activations afterwards.
@@ -186,8 +223,8 @@ class Preparation:
                 (("num_warps", 4),),
             )
 
-    def __call__(self, x: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None) -> Prepared:
-        """For ``x`` as the rows given say, ``index`` [slots] in one piece."""
+    def __call__(self, x: Tensor, index: Tensor, order: Tensor | None) -> Prepared:
+        """For activations ``x`` that the rows describe, and ``index``, contiguous, with the expert of each slot."""
         gathered = x if self._gathered is None else x.new_empty(self._gathered)
         routed = tile_expert = index  # any tensor
         if self._tiles:
@@ -199,15 +236,25 @@ class Preparation:
 
 
 def matrix_tile(slots: int, kind: StackKind, bits: int, n: int) -> Tile:
-    """The tile for ``n`` output rows of so many slots."""
+    """The tile of a product with ``n`` output rows for ``slots`` slots."""
     tokens = choose_tokens(slots, kind.experts)
     return choose_matrix(device_of(kind.device), bits, n, kind.atoms, slots, kind.experts, tokens)
 
 
 class MatrixProduct:
-    """``experts_matrix_kernel`` for ``n`` output rows, of which each ``part_rows`` multiply the same part of the input.
+    """One launch of ``experts_matrix_kernel``.
 
-    With an activation it is in the last step; without one, each split's sum is an output.
+    Args:
+        rows: The activations.
+        kind: The stack.
+        spec: Of one of the stack's projections.
+        dtype: Of the activations.
+        tile: From :func:`matrix_tile`.
+        n: Output rows.
+        part_rows: Output rows of one part of the stack, whose parts may each read their own part of the activations.
+        overlap: Whether the kernel may start before the one before it ends.
+        activation: The product's last step; with None each split's sum is an output.
+        is_gated: Whether the activation takes gate and up rows.
     """
 
     def __init__(
@@ -240,7 +287,7 @@ class MatrixProduct:
             tile.options(overlap),
         )  # fmt: skip
 
-    def __call__(self, prepared: Prepared, stack: Stack, out: torch.Tensor) -> None:
-        """``out`` as in the kernel."""
+    def __call__(self, prepared: Prepared, stack: Stack, out: Tensor) -> None:
+        """Write ``out``: [slots, n / 2] with a gated activation, [slots, n] with another, else [splits, slots, n]."""
         x, routed, tile_expert = prepared
         self._launch(x, *stack.weights, *stack.biases, routed, tile_expert, out, *self._space(stack))

@@ -1,22 +1,24 @@
-"""Experts as an operator of ``torch.ops.graftq``, for ``torch.compile`` and CUDA graphs; it never waits for the device.
+"""The experts of a layer as one operator of ``torch.ops.graftq``, for ``torch.compile`` and CUDA graphs.
 
-``tiled_experts`` is a whole layer: routing and act-order's gathering (one launch, or none), the first product with its
-activation, the second, and the weighted sum (which a single token's second product does itself). Sums are in float32
-and in a fixed order: the same bits at every run.
+``tiled_experts`` runs the pipeline that this folder's docstring shows, and never waits for the device. Sums are taken
+in float32 and in a fixed order, so that every run gives the same bits.
 
-What decides, by the measurements of ``docs/performance.md`` and of a prototype: few tokens cost the weights' bytes, so
-each expert's are read once, and everything else must be few launches and no second pass. The routing shares its launch
-with the gathering; ``down_proj``'s act-order is in the layout; activation and bias are in the first product's last
-step; splits of K are added up by whoever reads the sums next. On Hopper each launch overlaps the start of the next
-(programmatic dependent launch), and waits before it reads or writes anything that another kernel may still hold.
+With few tokens a layer costs the time to read the weights of the chosen experts (``docs/performance.md``). So each
+expert's weights are read once, and the rest is kept to few launches without another pass over the activations: routing
+shares a launch with the gathering, ``down_proj``'s act-order is built into the layout of ``up``, bias and activation
+are the last step of the first product, and partial sums over K are added up by the kernel that reads them next. On
+Hopper each kernel starts while the one before it ends (programmatic dependent launch), and waits before it reads or
+overwrites what that one may still be using.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from graftq.quant_linear.experts_spec import ExpertsForm
 from graftq.quant_linear.gpu.devices import device_of
@@ -45,11 +47,12 @@ from graftq.quant_linear.kernels.launch import Launch
 
 
 def stack_schema(prefix: str) -> str:
-    """The arguments of an operator that make a :class:`Stack`."""
+    """The tensors of a :class:`Stack` as arguments of an operator, in its order, each name with the prefix."""
     tensors = ("codes", "high?", "scales", "zeros?", "order?", "columns?", "bias?")
     return ", ".join(f"Tensor{'?' if name.endswith('?') else ''} {prefix}{name.rstrip('?')}" for name in tensors)
 
 
+# The operator exists as long as this object does. "FRAGMENT", since several modules define operators of `graftq`.
 _library = torch.library.Library("graftq", "FRAGMENT")
 _library.define(
     f"tiled_experts(Tensor x, Tensor index, Tensor weights, {stack_schema('up_')}, {stack_schema('down_')}, "
@@ -58,35 +61,56 @@ _library.define(
 
 
 @on_its_device
-def tiled_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *arguments: object) -> torch.Tensor:
-    """The layer's output [T, H] for ``x`` [T, H], fp16 or bf16. Arguments: the stacks up and down, the signature."""
-    *tensors, signature = arguments
-    size = len(Stack._fields)
-    up, down = Stack(*tensors[:size]), Stack(*tensors[size:])  # type: ignore[arg-type]
+def tiled_experts(
+    x: Tensor, index: Tensor, weights: Tensor,
+    up_codes: Tensor, up_high: Tensor | None, up_scales: Tensor, up_zeros: Tensor | None,
+    up_order: Tensor | None, up_columns: Tensor | None, up_bias: Tensor | None,
+    down_codes: Tensor, down_high: Tensor | None, down_scales: Tensor, down_zeros: Tensor | None,
+    down_order: Tensor | None, down_columns: Tensor | None, down_bias: Tensor | None,
+    signature: str,
+) -> Tensor:  # fmt: skip
+    """The layer's output [T, H], contiguous, in the dtype of ``x``.
+
+    Args:
+        x: fp16 or bf16 [T, H], any strides.
+        index: Integers [T, top_k]: the experts of each token. Entries that are no expert's number add nothing.
+        weights: [T, top_k], any float dtype: the router's weight of each of them.
+        up_codes, ..., up_bias: The first stack, gate and up, in the fused form of ``TiledExpertsLayout``.
+        down_codes, ..., down_bias: The second stack.
+        signature: ``ExpertsSpec.signature``.
+    """
+    up = Stack(up_codes, up_high, up_scales, up_zeros, up_order, up_columns, up_bias)
+    down = Stack(down_codes, down_high, down_scales, down_zeros, down_order, down_columns, down_bias)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if index.numel() == 0:
         return out.zero_()
     x, index, weights = rows_of(x), index.contiguous(), weights.contiguous()
-    for start in range(0, x.shape[0], TOKENS_AT_ONCE):
-        inputs = (x, index, weights, out)
-        if x.shape[0] > TOKENS_AT_ONCE:
-            inputs = tuple(tensor[start : start + TOKENS_AT_ONCE] for tensor in inputs)  # type: ignore[assignment]
-        part, chosen, by, result = inputs
-        layer = launches_for(
-            signature, part.shape, part.stride(0), part.dtype, chosen.shape[1], chosen.dtype, by.dtype,
-            StackKind.of(up), StackKind.of(down),
-        )  # fmt: skip
-        layer(part, chosen, by, up, down, result)
+    chunks: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]] = [(x, index, weights, out)]
+    if x.shape[0] > TOKENS_AT_ONCE:
+        chunks = zip(*(tensor.split(TOKENS_AT_ONCE) for tensor in (x, index, weights, out)), strict=True)
+    for x, index, weights, result in chunks:
+        launches_for(ExpertsKey.of(x, index, weights, up, down, signature)).run(x, index, weights, up, down, result)
     return out
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with its rows each in one piece, as kernels read them."""
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` [rows, K] with each row contiguous, as kernels read them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class ExpertsKey(NamedTuple):
-    """What of a call its launches depend on."""
+    """All that the launches of a call depend on but the tensors' addresses; calls with equal keys share them.
+
+    Attributes:
+        signature: ``ExpertsSpec.signature``.
+        shape: Of the activations, [T, H].
+        stride: Elements from one row of the activations to the next.
+        dtype: Of the activations.
+        top_k: Experts of a token.
+        index_dtype: Of the experts' numbers; kernels are compiled for it.
+        weights_dtype: Of the router's weights, likewise.
+        up, down: The kinds of both stacks.
+    """
 
     signature: str
     shape: torch.Size
@@ -98,29 +122,50 @@ class ExpertsKey(NamedTuple):
     up: StackKind
     down: StackKind
 
+    @staticmethod
+    def of(x: Tensor, index: Tensor, weights: Tensor, up: Stack, down: Stack, signature: str) -> ExpertsKey:
+        """The key of a call of :func:`tiled_experts`, for no more than ``TOKENS_AT_ONCE`` tokens.
+
+        Every call builds one: ``tuple.__new__`` takes half the time of the class's own constructor.
+        """
+        fields = (
+            signature,
+            x.shape,
+            x.stride()[0],
+            x.dtype,
+            index.shape[1],
+            index.dtype,
+            weights.dtype,
+            StackKind.of(up),
+            StackKind.of(down),
+        )
+        return tuple.__new__(ExpertsKey, fields)
+
 
 @lru_cache(maxsize=1024)
-def launches_for(*given: object) -> OneToken | SeveralTokens:
-    """The launches for what is :class:`ExpertsKey`."""
-    all_given = ExpertsKey(*given)  # type: ignore[arg-type]
-    form = ExpertsForm.parse(all_given.signature)
-    has_form = all(
+def launches_for(key: ExpertsKey) -> OneToken | SeveralTokens:
+    """The launches of the calls that have this key."""
+    form = ExpertsForm.parse(key.signature)
+    fits_vector_kernels = all(
         has_vector_form(TiledLayout(spec).group(kind.scale_rows))
-        for spec, kind in ((form.up, all_given.up), (form.down, all_given.down))
+        for spec, kind in ((form.up, key.up), (form.down, key.down))
     )
-    return (OneToken if all_given.shape[0] == 1 and has_form else SeveralTokens)(all_given, form)
+    return (OneToken if key.shape[0] == 1 and fits_vector_kernels else SeveralTokens)(key, form)
 
 
 class OneToken:
-    """The launches for a single token: each of its experts has programs of its own."""
+    """The launches for a single token: nothing to route, each of its experts has programs of its own.
 
-    def __init__(self, given: ExpertsKey, form: ExpertsForm):
-        up, down, top_k = given.up, given.down, given.top_k
+    Up to three: gathering (act-order only), ``up_vector_kernel`` and ``down_vector_kernel``.
+    """
+
+    def __init__(self, key: ExpertsKey, form: ExpertsForm):
+        up, down, top_k = key.up, key.down, key.top_k
         inner = down.atoms * 128
         device = device_of(up.device)
         overlap = device.capability >= 90
         gathers = up.order is not None
-        rows = InputRows(top_k, top_k, given.shape[1], given.stride)
+        rows = InputRows(top_k, top_k, key.shape[1], key.stride)
         self._prepare = Preparation(rows, up, overlap, tokens=None)
         self._hidden = (top_k, inner)
 
@@ -132,12 +177,12 @@ class OneToken:
             up_vector_kernel,
             (tiles, tile.splits, top_k),
             (up.experts, n, k, *up.sizes, k if gathers else 0, up.bias_width),
-            (*up.constants(form.up, given.dtype), *formula_constants(form.activation, form.is_gated),
+            (*up.constants(form.up, key.dtype), *formula_constants(form.activation, form.is_gated),
              k < up.atoms * 128, gathers and overlap, overlap, tile.rows, tile.unroll, tile.splits, top_k),
             tile.options(gathers and overlap),
         )  # fmt: skip
 
-        n = given.shape[1]
+        n = key.shape[1]
         tile = choose_vector(device, form.down.bits, n, down.atoms, top_k)
         tiles = -(-n // tile.rows)
         self._down_space = SplitSpace(down.device, tile.splits * top_k * n, tiles)
@@ -145,14 +190,12 @@ class OneToken:
             down_vector_kernel,
             (tiles, tile.splits, top_k),
             (down.experts, n, inner, *down.sizes, down.bias_width),
-            (*down.constants(form.down, given.dtype), overlap, tile.rows, tile.unroll, tile.splits, top_k),
+            (*down.constants(form.down, key.dtype), overlap, tile.rows, tile.unroll, tile.splits, top_k),
             tile.options(overlap),
         )
 
-    def __call__(
-        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Stack, down: Stack, out: torch.Tensor
-    ) -> None:
-        """Write the layer's output."""
+    def run(self, x: Tensor, index: Tensor, weights: Tensor, up: Stack, down: Stack, out: Tensor) -> None:
+        """Write the layer's output [T, H] to ``out``; arguments as for :func:`tiled_experts`, rows contiguous."""
         x = self._prepare(x, index, up.order).x
         hidden = x.new_empty(self._hidden)
         self._up(x, index, *up.weights, *up.biases, hidden, *self._up_space(up))
@@ -160,38 +203,39 @@ class OneToken:
 
 
 class SeveralTokens:
-    """The launches for more: the slots of each expert in tiles."""
+    """The launches for several tokens, whose slots are sorted into tiles of one expert each.
 
-    def __init__(self, given: ExpertsKey, form: ExpertsForm):
-        (tokens, n), up, down = given.shape, given.up, given.down
-        slots, inner = tokens * given.top_k, down.atoms * 128
+    Four: ``prepare_kernel``, ``experts_matrix_kernel`` for up and for down, and ``weighted_sum_kernel``.
+    """
+
+    def __init__(self, key: ExpertsKey, form: ExpertsForm):
+        (tokens, n), up, down = key.shape, key.up, key.down
+        slots, inner = tokens * key.top_k, down.atoms * 128
         overlap = device_of(up.device).capability >= 90
-        rows = InputRows(slots, given.top_k, n, given.stride)
+        rows = InputRows(slots, key.top_k, n, key.stride)
         self._prepare = Preparation(rows, up, overlap, choose_tokens(slots, up.experts))
         self._hidden = (slots, inner)
         wide = inner * (1 + form.is_gated)
         tile = matrix_tile(slots, up, form.up.bits, wide)
         self._up = MatrixProduct(
-            self._prepare.rows, up, form.up, given.dtype, tile, wide, wide, overlap, form.activation, form.is_gated
+            self._prepare.rows, up, form.up, key.dtype, tile, wide, wide, overlap, form.activation, form.is_gated
         )
         tile = matrix_tile(slots, down, form.down.bits, n)
-        self._down = MatrixProduct(InputRows(slots, 1, inner, inner), down, form.down, given.dtype, tile, n, n, overlap)
+        self._down = MatrixProduct(InputRows(slots, 1, inner, inner), down, form.down, key.dtype, tile, n, n, overlap)
         self._summands = (tile.splits, slots, n)
-        # Sums in the activations' dtype suffice where nothing is to be added to them but other experts' outputs.
-        self._dtype = torch.float32 if tile.splits > 1 else given.dtype
+        # Without splits a sum over K is complete, and may be rounded to the activations' dtype.
+        self._dtype = torch.float32 if tile.splits > 1 else key.dtype
         block = 256 if tokens <= 64 else 1024
         self._sum = Launch(
             weighted_sum_kernel,
             (tokens, -(-n // block), 1),
             (slots, n, down.experts, down.bias_width),
-            (down.bias is not None, overlap, block, tile.splits, given.top_k),
+            (down.bias is not None, overlap, block, tile.splits, key.top_k),
             (("num_warps", 4), ("launch_pdl", True)) if overlap else (("num_warps", 4),),
         )
 
-    def __call__(
-        self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Stack, down: Stack, out: torch.Tensor
-    ) -> None:
-        """Write the layer's output."""
+    def run(self, x: Tensor, index: Tensor, weights: Tensor, up: Stack, down: Stack, out: Tensor) -> None:
+        """Write the layer's output [T, H] to ``out``; arguments as for :func:`tiled_experts`, rows contiguous."""
         prepared = self._prepare(x, index, up.order)
         hidden = x.new_empty(self._hidden)
         self._up(prepared, up, hidden)
@@ -204,5 +248,12 @@ _library.impl("tiled_experts", tiled_experts, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("graftq::tiled_experts", lib=_library)
-def _(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+def _(
+    x: Tensor, index: Tensor, weights: Tensor,
+    up_codes: Tensor, up_high: Tensor | None, up_scales: Tensor, up_zeros: Tensor | None,
+    up_order: Tensor | None, up_columns: Tensor | None, up_bias: Tensor | None,
+    down_codes: Tensor, down_high: Tensor | None, down_scales: Tensor, down_zeros: Tensor | None,
+    down_order: Tensor | None, down_columns: Tensor | None, down_bias: Tensor | None,
+    signature: str,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x, memory_format=torch.contiguous_format)
