@@ -11,7 +11,7 @@ import torch
 from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights
 from graftq.quant_linear.cpu.layout import CpuLayout
-from graftq.quant_linear.cpu.ops import product
+from graftq.quant_linear.cpu.ops import cpu_experts_linear
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.layouts import KEPT, STORED_DTYPES, GptqTensors, stored_dtypes
@@ -179,7 +179,7 @@ class CpuExperts:
 
         def multiply(rows: torch.Tensor, token: torch.Tensor | None, stack: str) -> torch.Tensor:
             weights, outputs = layout.weights(packed, stack)
-            return product("cpu_experts_linear", rows, token, expert, *weights, outputs)
+            return cpu_experts_linear(rows, token, expert, weights, outputs)
 
         names = (_JOINED,) if layout.is_joined(packed) else module.spec.names[:-1]
         ups = [multiply(x, token, name) for name in names]

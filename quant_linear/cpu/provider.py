@@ -10,7 +10,7 @@ import torch
 from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_of
 from graftq.quant_linear.cpu.experts import CpuExperts
 from graftq.quant_linear.cpu.layout import CpuLayout
-from graftq.quant_linear.cpu.ops import product
+from graftq.quant_linear.cpu.ops import cpu_linear
 from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
@@ -42,7 +42,7 @@ class CpuProvider:
         rows = x if x.dim() == 2 else x.reshape(-1, spec.in_features)
         if rows.shape[1] != spec.in_features:
             raise RuntimeError(f"an input of width {rows.shape[1]} for a layer of {spec.in_features} inputs")
-        out = product("cpu_linear", rows, *weights_of(packed, spec), spec.out_features)
+        out = cpu_linear(rows, weights_of(packed, spec), spec.out_features)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], spec.out_features)
 
 
