@@ -79,7 +79,7 @@ def measure(
 def small_layer(act_order: bool = False) -> CallFor:
     """Of 4096 x 4096, to be called eagerly."""
     spec, provider = spec_of(4096, 4096, Weights(act_order=act_order)), TritonProvider()
-    provider.layout(spec)
+    provider.prepare()
     packed = random_packed(spec)
     return lambda m: partial(provider.linear, torch.randn(m, 4096, device="cuda").half(), packed, spec)
 
