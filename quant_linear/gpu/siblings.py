@@ -7,8 +7,10 @@ whose tensors are views of them. So the first layer's call can compute for all, 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -81,10 +83,12 @@ class SiblingProduct:
 
     That the layers are called with the same tensor does not say that it still holds the same numbers. So the first
     time the numbers are compared, eagerly: what comes before that, compiled, traced or captured, multiplies one by one.
+
+    The layers hold this object, and it holds them weakly: a cycle would keep their memory after ``del model``.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]):
-        self._layers = tuple(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._widths = [layer.out_features for layer in layers]
         total, spec = sum(self._widths), layers[0].spec
         self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
@@ -111,13 +115,23 @@ class SiblingProduct:
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which weak references do not survive."""
+        return {**self.__dict__, "_layers": self._alive()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_layers": [weakref.ref(layer) for layer in state["_layers"]]}
+
+    def _alive(self) -> list[QuantLinear]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
     def _still_holds(self, x: torch.Tensor) -> bool:
         return self._is_proven or (self._numbers is not None and torch.equal(self._numbers, _bits(x)))
 
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
         self._waiting = self._numbers = None
-        for layer in self._layers:
+        for layer in self._alive():
             layer.joint = None
         if not torch.compiler.is_compiling():
             logger.debug("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
