@@ -1,4 +1,4 @@
-"""``del model`` frees what was loaded at once, as it does for a float model: no cycle waits for the garbage collector."""
+"""``del model`` frees what was loaded at once, as for a float model: no cycle waits for the garbage collector."""
 
 from __future__ import annotations
 
