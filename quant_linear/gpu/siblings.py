@@ -8,8 +8,10 @@ part of its output.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -96,10 +98,12 @@ class SiblingProduct:
 
     A call's state is one attribute, replaced as a whole, and read once per call: threads that interleave their calls
     find another thread's ``x``, and dissolve it.
+
+    The layers hold this object, and it holds them weakly: a cycle would keep their memory after ``del model``.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]):
-        self._layers = tuple(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._widths = [layer.out_features for layer in layers]
         total, spec = sum(self._widths), layers[0].spec
         self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
@@ -125,10 +129,20 @@ class SiblingProduct:
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which weak references do not survive."""
+        return {**self.__dict__, "_layers": self._alive()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_layers": [weakref.ref(layer) for layer in state["_layers"]]}
+
+    def _alive(self) -> list[QuantLinear]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
         self._waiting = None
-        for layer in self._layers:
+        for layer in self._alive():
             layer.shared = None
         if not torch.compiler.is_compiling():
             logger.debug("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
