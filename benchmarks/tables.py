@@ -87,7 +87,7 @@ def save_with_legend(figure: Any, axis: Any, path: str) -> None:
     """Write ``figure``, of constrained layout, with the names of the curves of ``axis`` below all panels."""
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def plot(rows: Sequence[Row], weights: str, plain: str, peers: Recorded, path: str) -> None:
