@@ -1,4 +1,4 @@
-"""The code of TheBloke's model card as it was published: with graftq installed it works again; it takes 25 GB on a GPU."""
+"""The code of TheBloke's model card as it was published; with graftq it works again, in 25 GB of a GPU's memory."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
