@@ -212,7 +212,7 @@ def main() -> None:
                     rows += measure(layer, weights, [m for m in tokens if m in options.tokens], bandwidth, bf16)
 
     marlin = "fused_marlin_moe"
-    peers = {key: times for key, times in recorded("recorded_moe_h100.csv").items() if key[1] == marlin}
+    peers = {key: times for key, times in recorded("experts_peers_h100.csv").items() if key[1] == marlin}
 
     def recorded_with(row: Row, weights: str) -> object:
         return peers.get((row.layer, marlin, weights), {}).get(row.m, "")
