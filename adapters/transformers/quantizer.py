@@ -148,6 +148,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._remember_origin(model)
         self._model, self._plan, self._index = None, Placement(), CheckpointIndex({})
         self._dense, self._dtypes = {}, {}
+        self._give_to_parts(model)
 
     def _restore_dtypes(self, model: Any) -> None:
         """Cast what is not in the dtype of the skeleton: transformers 5.16 leaves renamed tensors in the file's.
@@ -163,9 +164,7 @@ class GptqHfQuantizer(DeferringQuantizer):
                 parameter.data = parameter.data.to(wanted)
 
     def _remember_origin(self, model: Any) -> None:
-        """Put what saving needs where transformers looks for it, also in the models inside this one."""
-        from transformers.modeling_utils import PreTrainedModel  # which imports this module
-
+        """Put what saving needs where transformers looks for it."""
         known = torch_dtypes()
         for target, projection in self._plan.projections.items():
             for suffix, info in projection.infos.items():
@@ -178,6 +177,14 @@ class GptqHfQuantizer(DeferringQuantizer):
         renamings = [entry for entry in kept if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in kept if isinstance(entry, WeightConverter)]
         model._weight_conversions = [StoredNames(self._origin.names, renamings), *converters]
+
+    def _give_to_parts(self, model: Any) -> None:
+        """Let the models inside this one be saved alone, each by a quantizer of its own.
+
+        These are copies, so this one must not hold the model any more: with a cycle, ``del model`` would free nothing.
+        """
+        from transformers.modeling_utils import PreTrainedModel  # which imports this module
+
         for name, part in model.named_modules():
             if name and isinstance(part, PreTrainedModel) and _is_packed(part):
                 own: Any = copy.copy(self)
