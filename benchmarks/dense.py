@@ -12,12 +12,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from harness import COLD_BYTES, CallFor, calls_for, replayed, report_device, report_first_calls, report_host_time
+from harness import (
+    COLD_BYTES,
+    CallFor,
+    calls_for,
+    forget_graphs,
+    replayed,
+    report_device,
+    report_first_calls,
+    report_host_time,
+)
 from random_weights import Weights, spec_of
 from tables import Row, parser_for, publish, recorded
 
 from graftq.quant_linear.gpu.provider import TritonProvider
-from graftq.quant_linear.gpu.split_counters import forget_graphs
 from graftq.quant_linear.spec import QuantSpec
 
 SHAPES = {f"{k}x{n}": (k, n) for k, n in ((4096, 28672), (8192, 8192), (14336, 4096), (4096, 6144), (4096, 4096))}

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from graftq.quant_linear.gpu import split_counters
+
 COLD_BYTES = 130_000_000
 """More than twice the L2 cache of an H100."""
 
@@ -46,6 +48,19 @@ def replayed(call: Callable[[int], object], calls: int) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / calls)
     return statistics.median(times)
+
+
+def forget_graphs() -> None:
+    """Make the counters of captured graphs available again; for a program that has destroyed all its graphs.
+
+    It reaches into the module's state, since only a benchmark captures and destroys so many graphs that the block of
+    counters would be used up.
+    """
+    devices = list(split_counters._free)
+    split_counters._free.clear()
+    split_counters._by_stream.clear()
+    for device in devices:
+        split_counters.reserve(device)
 
 
 def calls_for(tokens: int) -> int:

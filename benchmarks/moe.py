@@ -16,13 +16,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import COLD_BYTES, CallFor, calls_for, replayed, report_device, report_first_calls, report_host_time
+from harness import (
+    COLD_BYTES,
+    CallFor,
+    calls_for,
+    forget_graphs,
+    replayed,
+    report_device,
+    report_first_calls,
+    report_host_time,
+)
 from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tables import Row, parser_for, publish, recorded
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.gpu.provider import TritonProvider
-from graftq.quant_linear.gpu.split_counters import forget_graphs
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.reference import TorchProvider

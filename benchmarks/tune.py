@@ -21,13 +21,12 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from harness import replayed, synchronize
+from harness import forget_graphs, replayed, synchronize
 from random_weights import DEVICE
 from tables import write_csv
 from tune_cases import DENSE, EXPERTS, TINY_CASES, Case, Run, Tiles
 
 from graftq.quant_linear.gpu.devices import device_of
-from graftq.quant_linear.gpu.split_counters import forget_graphs
 from graftq.quant_linear.gpu.tile_heuristics import Tile
 
 Job = tuple[Case, Tiles]
