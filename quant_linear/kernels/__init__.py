@@ -1,1 +1,1 @@
-"""Triton kernels. They validate nothing and allocate nothing: whoever launches them does."""
+"""Triton kernels. They validate nothing and allocate nothing: the code that launches them does."""

@@ -22,8 +22,9 @@ def _formula(x, NAME: tl.constexpr):
 
 @triton.jit
 def _halves(acc):
-    """Gate and up values out of rows that alternate by eights."""
+    """Gate and up values, [rows / 2] or [rows / 2, tokens] each, out of rows that alternate by eights."""
     ROWS: tl.constexpr = acc.shape[0]
+    # Views [16 rows, gate or up, row of 8(, token)], permuted so that gate or up comes last, where `split` takes it.
     if len(acc.shape) == 1:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8)), (0, 2, 1)))
         return tl.reshape(gate, (ROWS // 2,)), tl.reshape(up, (ROWS // 2,))
@@ -35,12 +36,12 @@ def _halves(acc):
 
 @triton.jit
 def activate(acc, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATED: tl.constexpr):
-    """From a product's rows to the values of the intermediate: half as many along dimension 0 if gated.
+    """The activation of a product: float32 [rows] or [rows, tokens], half as many rows if it is gated.
 
     Args:
-        acc: float32 ``[rows]`` or ``[rows, tokens]``; gated, each 16 rows are 8 of gate and 8 of up: the two halves
-            that one thread of the matrix instruction has, so that nothing moves.
-        NAME: ``Activation.name``; with ALPHA and LIMIT as there.
+        acc: float32 [rows] or [rows, tokens]. If gated, each 16 rows are 8 of gate, then the same 8 of up. One thread
+            holds rows i and i + 8 of a matrix instruction's result, so that no data moves between threads.
+        NAME, ALPHA, LIMIT: As in ``activations.Activation``.
         GATED: Whether there are gate rows.
     """
     if not GATED:

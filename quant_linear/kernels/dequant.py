@@ -1,4 +1,4 @@
-"""A run of output rows as plain weights, for products so large that cuBLAS on them beats unpacking in the product."""
+"""Dequantized weights of a run of output rows, for so many tokens that cuBLAS beats unpacking in the product."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ def dequantize_kernel(
     codes, high, scales, zeros, out, first_tile, N, atoms, groups, scale_stride, zero_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """One atom as ``(code - zero) * scale`` to ``out``; grid (tiles of the run, atoms).
+    """One atom of 64 output by 128 input rows as ``(code - zero) * scale``; grid (tiles of the run, atoms).
 
     Args:
-        codes, high, scales, zeros, groups, GROUP, PROGRAM: As in ``matrix_kernel``.
-        out: fp16 or bf16 [64 * tiles of the run, 128 * atoms]; rows from ``N`` on become zero.
+        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes), each
+            atom's words in the order that ``unpack.load_words`` describes.
+        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
+        zeros: Rows of one group each, ``zero_stride`` apart, read if not SYM: int32 [groups, N * BITS / 32], zero
+            points as the checkpoint packs them, less ZERO_OFFSET; or int16 [groups, N], the zero points.
+        out: fp16 or bf16 [64 * tiles of the run, 128 * atoms], contiguous, inputs in packed order; rows from ``N`` on
+            become zero.
         first_tile: Where the run begins, in tiles of 64 output rows.
+        N: Output rows of the whole matrix.
+        atoms: Atoms of 128 input rows.
+        groups: Rows of ``scales``.
+        BITS: Code width: 2, 3, 4 or 8.
+        GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
+        SYM: Whether every zero point is ``2 ** (BITS - 1)``.
+        PROGRAM: The text of ``unpack.unpack_program``, or "" for the portable path.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     SCALES: tl.constexpr = scales.dtype.element_ty
@@ -27,11 +40,12 @@ def dequantize_kernel(
     tile, atom = tl.program_id(0), tl.program_id(1)
     rows = (first_tile + tile) * 64 + tl.arange(0, 64)
     here = (first_tile + tile).to(tl.int64) * atoms + atom
-    words = load_words(codes + here * (512 * WIDTH), 0, 64, WIDTH, False)
+    words = load_words(codes + here * (512 * WIDTH), 0, 64, WIDTH, False)  # [64, 8 * WIDTH]
     top = words
     if BITS == 3:
-        top = load_words(high + here * 512, 0, 64, 1, False)
+        top = load_words(high + here * 512, 0, 64, 1, False)  # [64, 8]
     PER_ATOM: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
+    # The groups of the atom: [1, PER_ATOM]
     if GROUP == 0:
         group = tl.zeros((1, 1), tl.int32)
     elif GROUP >= 128:
@@ -42,7 +56,7 @@ def dequantize_kernel(
     weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (64, PER_ATOM, 128 // PER_ATOM))
     if not SYM:
         weights -= load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, :, None]
-    scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]
+    scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]  # [64, PER_ATOM, 1]
     weights = tl.reshape(scale_weights(weights, scale, SCALES), (64, 128))
     place = out + (tile * 64 + tl.arange(0, 64)).to(tl.int64)[:, None] * (atoms * 128) + atom * 128
     tl.store(place + tl.arange(0, 128)[None, :], weights)

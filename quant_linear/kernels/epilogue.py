@@ -1,4 +1,4 @@
-"""What the tile programs have in common: scales, zero points, and the end of a tile."""
+"""Parts of several kernels: loading scales and zero points, summing the splits of K, storing a tile."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import triton.language as tl
 
 @triton.jit
 def load_scales(scales, group, rows, stride, N):
-    """float32 scales of ``rows`` in ``group`` (broadcast against each other); 0 for rows beyond ``N``."""
+    """The scales of output ``rows`` in each ``group``, float32; 0 for rows from ``N`` on.
+
+    Args:
+        scales: [groups, N], any float dtype, rows ``stride`` apart.
+        group, rows: Integers, broadcast against each other; the result has their shape.
+    """
     return tl.load(scales + group * stride + rows, mask=rows < N, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_zeros(zeros, group, rows, stride, N, BITS: tl.constexpr, ZERO_OFFSET: tl.constexpr, DTYPE: tl.constexpr):
-    """Zero points of ``rows`` in ``group`` (broadcast against each other), in ``DTYPE``.
+    """The zero points of output ``rows`` in each ``group``, in ``DTYPE``.
 
-    int32 ones are read as the checkpoint packs them, a little-endian bit stream along the rows; int16 ones, those of
-    experts, are what they say.
+    Args:
+        zeros: Rows of one group each, ``stride`` apart. int32 [groups, N * BITS / 32]: as the checkpoint packs them, a
+            little-endian bit stream along the output rows, less ZERO_OFFSET. int16 [groups, N], of experts: unpacked.
+        group, rows: Integers, broadcast against each other; the result has their shape.
     """
     if zeros.dtype.element_ty == tl.int16:
         return tl.load(zeros + group * stride + rows, mask=rows < N, other=0).to(DTYPE)
@@ -34,10 +41,15 @@ def load_zeros(zeros, group, rows, stride, N, BITS: tl.constexpr, ZERO_OFFSET: t
 
 @triton.jit
 def scale_weights(weights, scale, SCALES: tl.constexpr):
-    """``weights * scale`` in the dtype of ``weights``; ``scale`` float32, broadcast, stored as ``SCALES``.
+    """``weights * scale``, rounded once, in the dtype of ``weights``.
 
-    The multiplication of packed halves has one rounding, like any other. But a scale stored in a wider dtype than
-    float16 may lie outside its range though the weight does not; then the product is taken in float32.
+    A scale stored in a wider dtype than float16 may lie outside float16's range though the weight does not. So the
+    multiplication is then done in float32.
+
+    Args:
+        weights: fp16 or bf16, of any shape.
+        scale: float32, broadcast against ``weights``.
+        SCALES: The dtype that the scales are stored in.
     """
     if weights.dtype == tl.float16 and not SCALES.is_fp16():
         return (weights.to(tl.float32) * scale).to(weights.dtype)
@@ -47,16 +59,25 @@ def scale_weights(weights, scale, SCALES: tl.constexpr):
 
 @triton.jit
 def sum_splits(acc, partials, counters, tile, split, size, offsets, inside, SPLIT_K: tl.constexpr):
-    """The sum of ``acc`` over the splits of K, and 1 for the program that has it, which is the last to arrive.
+    """The sum of ``acc`` over the splits of K, and 1, for the last program of a tile to arrive; the others get 0.
 
-    Each split leaves its partial sums in ``partials`` [SPLIT_K, size]; the last one to arrive at ``counters[tile]``
-    adds them up, always from split 0 on, so that the result does not depend on the order of arrival, and sets the
-    counter back to zero for the next launch. Others get 0 for the second value, and nothing of use for the first.
+    Each split stores its partial sums. The last one to arrive adds them up, always from split 0 on, so that the result
+    does not depend on the order of arrival, and sets the counter back to zero for the next launch. What the others get
+    as a sum is undefined.
+
+    Args:
+        acc: float32 of any shape, one split's sums.
+        partials: float32 [SPLIT_K, size].
+        counters: int32 [tiles], zero between launches.
+        tile, split: Which tile and split ``acc`` belongs to.
+        size: Elements of all tiles of one split.
+        offsets: Where the elements of ``acc`` go within ``size``, integers in its shape.
+        inside: Which elements of ``acc`` exist, in its shape.
     """
     last = 1
     if SPLIT_K > 1:
         tl.store(partials + split * size + offsets, acc, mask=inside)
-        tl.debug_barrier()  # every thread's partial sums before the one thread's signal
+        tl.debug_barrier()  # all threads have stored their sums before one thread signals it
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel") // (SPLIT_K - 1)
         if last == 1:
             acc = tl.zeros_like(acc)
@@ -74,7 +95,15 @@ def sum_splits(acc, partials, counters, tile, split, size, offsets, inside, SPLI
 def finish_tile(
     acc, out, bias, partials, counters, tile, split, rows, tokens, M, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr
 ):
-    """Store a tile ``acc`` float32 ``[rows, tokens]``, after summing the splits of K (:func:`sum_splits`)."""
+    """Sum the splits of K (:func:`sum_splits`), add the bias, and store a tile of ``out`` [M, N].
+
+    Args:
+        acc: float32 [BLOCK_N, BLOCK_M], one split's sums.
+        bias: [N], read if HAS_BIAS.
+        partials: float32 [SPLIT_K, M, N].
+        rows, tokens: Integers [BLOCK_N] and [BLOCK_M]: what ``acc`` holds of N and M.
+        others: As for :func:`sum_splits`.
+    """
     inside = (rows < N)[:, None] & (tokens < M)[None, :]
     offsets = tokens.to(tl.int64)[None, :] * N + rows[:, None]
     size = (tl.zeros((), tl.int64) + M) * N
@@ -87,7 +116,7 @@ def finish_tile(
 
 @triton.jit
 def finish_row(acc, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr):
-    """:func:`finish_tile` for a single token: ``acc`` float32 ``[rows]``."""
+    """:func:`finish_tile` for a single token: ``acc`` float32 [BLOCK_N], ``out`` [N], ``partials`` [SPLIT_K, N]."""
     inside = rows < N
     acc, last = sum_splits(acc, partials, counters, tile, split, N, rows, inside, SPLIT_K)
     if last == 1:

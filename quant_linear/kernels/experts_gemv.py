@@ -1,4 +1,7 @@
-"""The products of experts for a single token: each of its experts has programs of its own, and nothing is routed."""
+"""The products of experts for a single token: each of its experts has programs of its own, and nothing is routed.
+
+A *slot* is the token with one of its experts, numbered from 0 to TOP_K - 1.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,33 @@ def up_vector_kernel(
     MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """``out[slot] = activate(up(x))``; grid (tiles of N, SPLIT_K, TOP_K).
+    """``out[slot] = activate(up @ x[slot] + bias)`` by the slot's expert; grid (tiles of N, SPLIT_K, TOP_K).
+
+    A program computes BLOCK_N output rows of one slot, or one split of their sums over K.
 
     Args:
-        x: fp16 or bf16 [K] for each slot, ``x_stride`` apart; 0 apart if all share one.
-        index: Integers [TOP_K], the experts of the token; nobody's slots are left alone.
-        out: [TOP_K, N / 2], ungated [TOP_K, N].
-        partials: float32 [SPLIT_K, TOP_K, N], if there are splits; with ``counters`` [TOP_K * tiles of N].
-        N: Output rows, all stored.
-        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
-        OVERLAP: Whether the next kernel may start meanwhile, likewise.
-        others: As in ``experts_matrix_kernel``.
+        x: fp16 or bf16 [TOP_K, K], rows ``x_stride`` apart; a stride of 0 if all slots read the same row.
+        index: Integers [TOP_K], the expert of each slot; for one that does not exist nothing is written.
+        codes: int16 [experts, tiles_n, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words of
+            atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+        high: int16 [experts, tiles_n, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        scales: [experts, groups, 64 * tiles_n], any float dtype.
+        zeros: int16 [experts, groups, 64 * tiles_n], the zero points; read if not SYM.
+        bias: [experts, bias_stride], any float dtype, by column; read if HAS_BIAS.
+        columns: int32 [experts, 64 * tiles_n], the column of each output row, ``bias_stride`` or more for padding; read
+            if HAS_BIAS.
+        out: In the dtype of ``x``, [TOP_K, N / 2] if the activation is gated, else [TOP_K, N].
+        partials: float32 [SPLIT_K, TOP_K, N]; used if SPLIT_K > 1.
+        counters: int32 [TOP_K * tiles of N], zero, and left zero; used if SPLIT_K > 1.
+        experts: Experts of the layer.
+        N, K: Output rows of an expert, and input rows that ``x`` has.
+        atoms: Atoms of 128 input rows.
+        groups: Rows of an expert's ``scales``.
+        tiles_n: Tiles of 64 output rows of an expert.
+        BITS, GROUP, SYM, PROGRAM, MASK_K, UNROLL: As in ``gemv.vector_kernel``.
+        ACTIVATION, ALPHA, LIMIT, GATED: As in ``activate.activate``.
+        AFTER_GATHER: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
+        OVERLAP: Whether the next kernel may start before this one ends, likewise.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -42,6 +61,7 @@ def up_vector_kernel(
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = expert.to(tl.int64)
     stride = tiles_n * 64
+    # [BLOCK_N]
     acc = multiply_row(
         x + slot * x_stride, codes, high, scales + expert * groups * stride, zeros + expert * groups * stride,
         (expert * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
@@ -51,9 +71,9 @@ def up_vector_kernel(
     acc, last = sum_splits(acc, partials, counters, arrival, split, TOP_K * N, slot * N + rows, rows < N, SPLIT_K)
     if last == 1:
         if HAS_BIAS:
-            column = tl.load(columns + expert * stride + rows)
+            column = tl.load(columns + expert * stride + rows)  # [BLOCK_N]
             acc += tl.load(bias + expert * bias_stride + column, mask=column < bias_stride, other=0.0).to(tl.float32)
-        value = activate(acc, ACTIVATION, ALPHA, LIMIT, GATED)
+        value = activate(acc, ACTIVATION, ALPHA, LIMIT, GATED)  # [WIDTH]
         WIDTH: tl.constexpr = value.shape[0]
         place = slot * (N // (2 if GATED else 1)) + tile * WIDTH + tl.arange(0, WIDTH)
         tl.store(out + place, value.to(out.dtype.element_ty))
@@ -67,18 +87,27 @@ def down_vector_kernel(
     AFTER_UP: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """``out = sum of weights[slot] * down(x[slot])``; grid (tiles of N, SPLIT_K, TOP_K).
+    """``out`` = the sum over slots of ``weights[slot] * (down @ x[slot] + bias)``; grid (tiles of N, SPLIT_K, TOP_K).
 
-    The last program of a tile to arrive adds up splits and slots, always in the same order.
+    A program computes BLOCK_N output rows of one slot, or one split of their sums over K. The last program of a tile to
+    arrive adds up splits and slots, always in the same order.
 
     Args:
-        x: [TOP_K, K], contiguous, all of it in whole atoms.
-        weights: [TOP_K], any float dtype.
-        out: [N].
+        x: fp16 or bf16 [TOP_K, K], contiguous; K is a multiple of 128.
+        index: Integers [TOP_K], the expert of each slot; one that does not exist adds nothing.
+        weights: [TOP_K], any float dtype: the router's weight of each slot.
+        codes: int16 [experts, tiles_n, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words of
+            atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+        high: int16 [experts, tiles_n, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        scales: [experts, groups, 64 * tiles_n], any float dtype.
+        zeros: int16 [experts, groups, 64 * tiles_n], the zero points; read if not SYM.
+        bias: [experts, bias_stride], any float dtype; read if HAS_BIAS.
+        out: [N], in the dtype of ``x``.
         partials: float32 [SPLIT_K, TOP_K, N].
-        counters: int32 [tiles of N], zero; left zero.
-        AFTER_UP: Whether the first product may still run (programmatic dependent launch).
-        others: As in :func:`up_vector_kernel`.
+        counters: int32 [tiles of N], zero, and left zero.
+        experts, N, K, atoms, groups, tiles_n: As in :func:`up_vector_kernel`.
+        BITS, GROUP, SYM, PROGRAM, UNROLL: As in ``gemv.vector_kernel``.
+        AFTER_UP: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
     """
     if AFTER_UP:
         tl.extra.cuda.gdc_wait()
@@ -89,13 +118,14 @@ def down_vector_kernel(
     stride = tiles_n * 64
     if (expert >= 0) & (expert < experts):
         place = expert.to(tl.int64)
+        # [BLOCK_N]
         acc = multiply_row(
             x + slot * K, codes, high, scales + place * groups * stride, zeros + place * groups * stride,
             (place * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
             BITS, GROUP, SYM, 0, PROGRAM, False, False, UNROLL, SPLIT_K,
         )  # fmt: skip
         tl.store(partials + (split * TOP_K + slot) * N + rows, acc, mask=inside)
-    tl.debug_barrier()  # every thread's partial sums before the one thread's signal
+    tl.debug_barrier()  # all threads have stored their sums before one thread signals it
     if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K * TOP_K - 1:
         total = tl.zeros((BLOCK_N,), tl.float32)
         for choice in tl.static_range(TOP_K):

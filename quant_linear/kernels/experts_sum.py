@@ -1,4 +1,4 @@
-"""The end of an experts layer for several tokens: splits, biases and choices added up in a fixed order."""
+"""The last step of an experts layer for several tokens: the weighted sum over each token's experts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ def weighted_sum_kernel(
     rows, index, weights, bias, out, S, N, experts, bias_stride,
     HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over j of weights[t, j] * (rows[t, j] + bias[index[t, j]])``; grid (tokens, blocks of N).
+    """``out[t]`` = sum over j of ``weights[t, j] * (rows[t, j] + bias[index[t, j]])``; grid (tokens, blocks of N).
+
+    Splits and experts are added up in float32 and in a fixed order.
 
     Args:
-        rows: Any float dtype [SPLIT_K, S, N], to be summed over the splits; S is tokens times TOP_K.
-        index: Integers [S]; nobody's slots add nothing, and their rows may hold anything.
-        weights: [S], any float dtype.
-        bias: [experts, ``bias_stride``], any float dtype.
-        out: [tokens, N].
+        rows: [SPLIT_K, S, N], any float dtype: each split's sum of the second product; S is tokens times TOP_K.
+        index: Integers [S]: the expert of each slot. One that does not exist adds nothing, and its ``rows`` are not
+            read.
+        weights: [S], any float dtype: the router's weight of each slot.
+        bias: [experts, bias_stride], any float dtype; read if HAS_BIAS.
+        out: fp16 or bf16 [tokens, N].
+        experts: Experts of the layer.
+        OVERLAP: Whether the kernel that writes ``rows`` may still be running (programmatic dependent launch).
+        BLOCK: Columns of N that a program sums.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -33,7 +39,7 @@ def weighted_sum_kernel(
         value = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLIT_K):
             place = (tl.zeros((), tl.int64) + split) * S + slot
-            value += tl.load(rows + place * N + columns, mask=there, other=0.0).to(tl.float32)
+            value += tl.load(rows + place * N + columns, mask=there, other=0.0).to(tl.float32)  # [BLOCK]
         if HAS_BIAS:
             value += tl.load(bias + expert.to(tl.int64) * bias_stride + columns, mask=there, other=0.0).to(tl.float32)
         total += tl.where(there, value * tl.load(weights + slot).to(tl.float32), 0.0)

@@ -1,7 +1,7 @@
-"""``x @ W.T`` on the matrix units straight from packed weights: the weights left, the tokens right.
+"""``x @ W.T`` on the matrix units straight from packed weights; the weights are the left operand, tokens the right.
 
-The left operand goes from the load through :mod:`unpack` to the matrix instruction without leaving its thread; only
-the activations pass through shared memory.
+A thread loads packed words, unpacks them (:mod:`unpack`) and passes them to the matrix instruction, without any
+exchange with other threads; only the activations pass through shared memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from graftq.quant_linear.kernels.unpack import load_words, unpack
 
 
 @triton.jit
-def _settle(acc, PROGRAM: tl.constexpr):
-    """``acc``, once the matrix unit is done with it.
+def _await_product(acc, PROGRAM: tl.constexpr):
+    """``acc``, once the matrix unit has finished with it.
 
-    An empty use. Without one, Triton 3.6 lets Hopper's products of one step run on into the next, where the
-    registers of their left operand are written anew: wrong sums in some launches (seen on an H100; never with it).
+    This is an empty use of ``acc``. Without one, Triton 3.6 lets Hopper's asynchronous products of one step run on
+    into the next, which overwrites the registers of their left operand: sums were wrong in some launches on an H100,
+    and never with it.
     """
     if PROGRAM == "":
         return acc
@@ -34,15 +35,19 @@ def multiply_tile(
     MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
     AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """Products of ``rows`` and some tokens over one split of K: float32 [rows, tokens].
+    """``W[rows] @ x.T`` over one split of K: float32 [BLOCK_N, BLOCK_M], not yet summed over the splits.
 
     Args:
-        x: Pointers to the tokens' activations, [tokens, 1].
-        inside_m: Which of the tokens there are, [tokens]; the others are not read.
-        first_atom: Number of the first row's first atom, int64.
-        rows: Consecutive output rows, a multiple of 64 of them.
+        x: Pointers to the first activation of each token, fp16 or bf16 [BLOCK_M, 1].
+        inside_m: Whether each token exists, [BLOCK_M]; read if MASK_M or MASK_K.
+        codes, high: int16 pointers to the first atom of the whole tensor; see :func:`matrix_kernel`.
+        scales, zeros: Pointers to group 0 and output row 0 of the matrix; see :func:`matrix_kernel`.
+        first_atom: Index of the atom of ``rows[0]`` and input row 0, int64.
+        rows: Consecutive output rows, int32 [BLOCK_N], a multiple of 64.
         split: Which split of K.
-        others: As :func:`matrix_kernel`.
+        N, K, atoms, groups: Sizes of the matrix, as in :func:`matrix_kernel`.
+        scale_stride, zero_stride: Elements from one group to the next.
+        others: The constants of :func:`matrix_kernel`.
     """
     BLOCK_N: tl.constexpr = rows.shape[0]
     BLOCK_M: tl.constexpr = inside_m.shape[0]
@@ -52,7 +57,7 @@ def multiply_tile(
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
     columns = tl.arange(0, 128)
-    x += columns[None, :]
+    x += columns[None, :]  # [BLOCK_M, 128]
 
     per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
     begin = split * per_split
@@ -68,10 +73,12 @@ def multiply_tile(
     for step in range(begin, end, UNROLL):
         for unrolled in tl.static_range(UNROLL):
             atom = step + unrolled
+            # [BLOCK_N, 8 * WIDTH]
             words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, KEEP)
             top = words
             if BITS == 3:
-                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)
+                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)  # [BLOCK_N, 8]
+            # [128, BLOCK_M]
             if MASK_M or MASK_K:
                 inside = inside_m[:, None]
                 if MASK_K:
@@ -80,28 +87,29 @@ def multiply_tile(
             else:
                 activations = tl.trans(tl.load(x + atom * 128))
             if GROUP == 0:
-                weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)
-                acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
+                weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)  # [BLOCK_N, 128]
+                acc = _await_product(tl.dot(weights, activations, acc), PROGRAM)
             elif GROUP >= 128:
                 group = atom // (GROUP // 128)
-                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]
+                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
                 if not SYM:
                     zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
-                weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)
+                weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)  # [BLOCK_N, 128]
                 if SCALE_WEIGHTS:
-                    acc = _settle(tl.dot(scale_weights(weights, scale, SCALES), activations, acc), PROGRAM)
+                    acc = _await_product(tl.dot(scale_weights(weights, scale, SCALES), activations, acc), PROGRAM)
                 else:
                     acc += tl.dot(weights, activations) * scale
             else:
-                # The last atom may reach beyond the last group: its codes there meet activations that are zero.
-                group = tl.minimum(atom * PER_ATOM + tl.arange(0, PER_ATOM), groups - 1)[None, :]
-                scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]
+                # The last atom may reach beyond the last group; its codes there meet activations that are zero.
+                group = tl.minimum(atom * PER_ATOM + tl.arange(0, PER_ATOM), groups - 1)[None, :]  # [1, PER_ATOM]
+                scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]  # [BLOCK_N, PER_ATOM, 1]
                 weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (BLOCK_N, PER_ATOM, GROUP))
                 if not SYM:
+                    # [BLOCK_N, PER_ATOM]
                     center = load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)
                     weights -= center[:, :, None]
                 weights = tl.reshape(scale_weights(weights, scale, SCALES), (BLOCK_N, 128))
-                acc = _settle(tl.dot(weights, activations, acc), PROGRAM)
+                acc = _await_product(tl.dot(weights, activations, acc), PROGRAM)
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
     return acc
@@ -116,24 +124,36 @@ def matrix_kernel(
     AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``out`` [M, N], or one split of its sum over K; grid (tiles of N times tiles of M, SPLIT_K).
+    """``out = x @ W.T + bias``; grid (tiles of N times tiles of M, SPLIT_K).
+
+    A program computes BLOCK_N output rows for BLOCK_M tokens, or one split of their sums over K.
 
     Args:
         x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
-        codes, high, scales, zeros: As in ``TiledLayout``; ``zeros`` is its ``qzeros``, ``high`` read for 3 bits only.
-        bias: [N], any float dtype.
-        partials: float32 [SPLIT_K, M, N], if SPLIT_K > 1.
-        counters: int32 [tiles], zero, if SPLIT_K > 1; left zero.
+        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
+            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
+        zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less
+            ZERO_OFFSET; read if not SYM.
+        bias: [N], any float dtype; read if HAS_BIAS.
+        out: [M, N], contiguous, in the dtype of ``x``.
+        partials: float32 [SPLIT_K, M, N]; used if SPLIT_K > 1.
+        counters: int32 [tiles of N times tiles of M], zero, and left zero; used if SPLIT_K > 1.
+        M, N, K: Tokens, output rows, and input rows that ``x`` has.
         atoms: Atoms of 128 input rows.
         groups: Rows of ``scales``.
+        BITS: Code width: 2, 3, 4 or 8.
         GROUP: Input rows per group: 0 for one group in all, 16, 32, 64 or a multiple of 128.
-        PROGRAM: ``unpack_program``'s text, or "" for the portable path.
-        MASK_M: Whether the last tile has fewer tokens than others. (Reading one token in place of the missing ones
-            would spare the mask, but every program reading the same line costs far more.)
+        SYM: Whether every zero point is ``2 ** (BITS - 1)``.
+        PROGRAM: The text of ``unpack.unpack_program``, or "" for the portable path.
+        MASK_M: Whether the last tile has fewer tokens than the others. (Reading one token in place of each missing one
+            would need no mask, but all programs reading the same cache line costs far more.)
         MASK_K: Whether ``x`` ends before the last atom does.
-        SCALE_WEIGHTS: Scale the weights, not the products; always so for groups shorter than an atom.
+        SCALE_WEIGHTS: Whether the weights are scaled, not the products; ignored for groups shorter than an atom, whose
+            weights always are.
         KEEP: Whether other tiles read the same weights.
-        AFTER_GATHER: Whether a kernel that may still run writes ``x`` (programmatic dependent launch).
+        AFTER_GATHER: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
         UNROLL: Atoms per step; divides ``atoms``.
     """
     tile, split = tl.program_id(0), tl.program_id(1)

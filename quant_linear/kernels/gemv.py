@@ -1,4 +1,4 @@
-"""``x @ W.T`` for a single token: nothing passes through shared memory, no thread waits for another."""
+"""``x @ W.T`` for a single token: nothing passes through shared memory, and threads never wait for each other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from graftq.quant_linear.kernels.unpack import load_words, unpack, unpack_planes
 
 @triton.jit
 def _load_part(x, start, K, COUNT: tl.constexpr, MASK_K: tl.constexpr):
-    """The token's values at ``COUNT`` input rows: ``[COUNT, 8]``, the same eight times.
+    """The elements ``start`` to ``start + COUNT - 1`` of ``x`` [K], 0 from ``K`` on: [COUNT, 8], eight equal columns.
 
-    Fewer elements than threads, so that the compiler lets every thread load those it needs itself.
+    These are fewer elements than threads, so that the compiler lets each thread load what it needs itself.
     """
     k = start + tl.arange(0, COUNT)
     if MASK_K:
-        values = tl.load(x + k, mask=k < K, other=0.0)
+        values = tl.load(x + k, mask=k < K, other=0.0)  # [COUNT]
     else:
-        values = tl.load(x + k)
+        values = tl.load(x + k)  # [COUNT]
     return tl.broadcast_to(values[:, None], (COUNT, 8))
 
 
@@ -29,13 +29,22 @@ def multiply_row(
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
     MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """Products of ``rows`` and the token ``x`` [K] over one split of K: float32 [rows].
+    """``W[rows] @ x`` over one split of K: float32 [BLOCK_N], not yet summed over the splits.
 
-    The matrix units do it, with eight copies of the token: on an H100 that takes fewer instructions than packed
-    fp16 multiply-adds, and sums in float32. One product per plane, since Triton gives the left operand another order
-    of columns behind a join where the right operand has eight columns.
+    The matrix units multiply, with eight copies of the token: on an H100 that takes fewer instructions than packed fp16
+    multiply-adds, and sums in float32. Each plane of the words (:mod:`unpack`) is a product of its own: behind a join
+    of planes, Triton would order the columns of the left operand differently where the right one has eight columns.
 
-    Args: As ``multiply_tile``.
+    Args:
+        x: fp16 or bf16 [K], contiguous.
+        codes, high: int16 pointers to the first atom of the whole tensor; see :func:`vector_kernel`.
+        scales, zeros: Pointers to group 0 and output row 0 of the matrix; see :func:`vector_kernel`.
+        first_atom: Index of the atom of ``rows[0]`` and input row 0, int64.
+        rows: Consecutive output rows, int32 [BLOCK_N], a multiple of 64.
+        split: Which split of K.
+        N, K, atoms: Sizes of the matrix, as in :func:`vector_kernel`.
+        scale_stride, zero_stride: Elements from one group to the next.
+        others: The constants of :func:`vector_kernel`.
     """
     BLOCK_N: tl.constexpr = rows.shape[0]
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -57,22 +66,24 @@ def multiply_row(
     for step in range(begin, end, UNROLL):
         for unrolled in tl.static_range(UNROLL):
             atom = step + unrolled
+            # [BLOCK_N, 8 * WIDTH]
             words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, False)
             top = words
             if BITS == 3:
-                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, False)
+                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, False)  # [BLOCK_N, 8]
             if GROUP != 0:
                 group = atom // (GROUP // 128)
-                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]
+                scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
                 if not SYM:
                     zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
             part = tl.zeros((BLOCK_N, 8), tl.float32)
             if PROGRAM == "":
-                values = _load_part(x, atom * 128, K, 128, MASK_K)
+                values = _load_part(x, atom * 128, K, 128, MASK_K)  # [128, 8]
                 part = tl.dot(unpack(words, top, zero, BITS, PROGRAM, DTYPE), values, part)
             else:
-                planes = unpack_planes(words, top, zero, BITS, PROGRAM, DTYPE)
+                planes = unpack_planes(words, top, zero, BITS, PROGRAM, DTYPE)  # PLANES times [BLOCK_N, 128 / PLANES]
                 for plane in tl.static_range(PLANES):
+                    # [128 / PLANES, 8]
                     values = _load_part(x, atom * 128 + plane * (128 // PLANES), K, 128 // PLANES, MASK_K)
                     part = tl.dot(planes[plane], values, part)
             if GROUP == 0:
@@ -81,7 +92,7 @@ def multiply_row(
                 acc += part * scale
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
-    return tl.sum(acc, 1) / 8  # eight equal columns
+    return tl.sum(acc, 1) / 8  # the eight columns are equal
 
 
 @triton.jit
@@ -92,9 +103,29 @@ def vector_kernel(
     HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_N`` elements of ``out`` [N], or one split of their sums over K; grid (tiles of N, SPLIT_K).
+    """BLOCK_N elements of ``out = W @ x + bias``, or one split of their sums over K; grid (tiles of N, SPLIT_K).
 
-    Args: As ``matrix_kernel``, with ``GROUP`` 0 or a multiple of 128 and x [K].
+    Args:
+        x: fp16 or bf16 [K], in the packed order of the input rows.
+        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
+            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
+        zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less
+            ZERO_OFFSET; read if not SYM.
+        bias: [N], any float dtype; read if HAS_BIAS.
+        out: [N], in the dtype of ``x``.
+        partials: float32 [SPLIT_K, N]; used if SPLIT_K > 1.
+        counters: int32 [tiles of N], zero, and left zero; used if SPLIT_K > 1.
+        N, K: Output rows, and input rows that ``x`` has.
+        atoms: Atoms of 128 input rows.
+        BITS: Code width: 2, 3, 4 or 8.
+        GROUP: Input rows per group: 0 for one group in all, or a multiple of 128.
+        SYM: Whether every zero point is ``2 ** (BITS - 1)``.
+        PROGRAM: The text of ``unpack.unpack_program``, or "" for the portable path.
+        MASK_K: Whether ``x`` ends before the last atom does.
+        AFTER_GATHER: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
+        UNROLL: Atoms per step; divides ``atoms``.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,12 +1,12 @@
-"""From packed words to ``code - zero point`` in the activation dtype, shared by every kernel here.
+"""Packed words to ``code - zero point`` in the activation dtype; every kernel that reads weights uses this.
 
 Words are int16. A word of ``b`` bits per code holds ``P = 16 // b`` codes ("planes"), and one atom of 128 input
 rows by 64 output rows is ``[64, W]`` words with ``W = 128 // P``: plane ``j`` of word ``i`` is input row ``W * j + i``.
-3-bit codes are 2-bit words (their low two bits) beside 1-bit words (their top bit).
+3-bit codes are stored as 2-bit words (their low two bits) and 1-bit words (their top bit).
 
-The float comes without an integer conversion: a code ORed into the mantissa of ``2**e`` reads as ``2**e + code``
-if the lowest mantissa bit it touches is worth 1. Subtracting ``2**e + zero`` is then exact.
-Two codes share a 32-bit register, so a code costs about one instruction (``lop3`` and a subtraction per pair).
+No integer is converted to a float: a code ORed into the mantissa of ``2**e`` gives the float ``2**e + code`` if the
+code's lowest bit falls on the mantissa bit that is worth 1. Subtracting ``2**e + zero`` is then exact. Two codes share
+a 32-bit register, so that a code costs about one instruction (``lop3`` and a subtraction per pair).
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def _bfloat_bits(value: int) -> int:
 
 @cache
 def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
-    """PTX for ``tl.inline_asm_elementwise``: a pair of words to the planes of two output elements each.
+    """PTX for ``tl.inline_asm_elementwise``: from two words to two elements of each plane.
 
-    Operands: one output register per plane, then the pair of words, of zero points in the activation dtype (read if
-    ``zero`` is None), and for 3 bits of top-bit words and of the shifts from :func:`_spread_top_bits`.
+    Every register holds a pair. Operands: one output register per plane; then the words; the zero points in the
+    activation dtype (read if ``zero`` is None); and for 3 bits the top-bit words and the shifts, both from
+    :func:`_spread_top_bits`.
 
     Args:
         bits: Code width.
@@ -50,7 +51,7 @@ def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
     planes = 16 // (2 if bits == 3 else bits)
     word, zero_operand, high, shift = (f"${planes + operand}" for operand in range(4))
     half = dtype == "fp16"
-    number = _half_bits if half else _bfloat_bits
+    float_bits = _half_bits if half else _bfloat_bits
     mantissa = 10 if half else 7
     lines: list[str] = []
     declared: dict[str, None] = {}
@@ -68,19 +69,19 @@ def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
         """Register holding ``-(base + zero)`` in both halves."""
         register = f"c{base}"
         if zero is not None:
-            return emit(register, f"mov.b32 {register}, {_pair(number(-(base + zero)))};")
-        minus_one = emit("m1", f"mov.b32 m1, {_pair(number(-1))};")
-        constant = emit(f"b{base}", f"mov.b32 b{base}, {_pair(number(-base))};")
+            return emit(register, f"mov.b32 {register}, {_pair(float_bits(-(base + zero)))};")
+        minus_one = emit("m1", f"mov.b32 m1, {_pair(float_bits(-1))};")
+        constant = emit(f"b{base}", f"mov.b32 b{base}, {_pair(float_bits(-base))};")
         return emit(register, f"fma.rn.{kind} {register}, {zero_operand}, {minus_one}, {constant};")
 
     kind = "f16x2" if half else "bf16x2"
-    one = emit("one", f"mov.b32 one, {_pair(number(1))};")
+    one = emit("one", f"mov.b32 one, {_pair(float_bits(1))};")
 
-    if bits == 8 and not half:  # eight bits do not fit bf16's mantissa: nibbles, then high * 16 + (low - zero)
-        sixteen = emit("k16", f"mov.b32 k16, {_pair(number(16))};")
-        top = emit("t128", f"mov.b32 t128, {_pair(number(-128))};")
+    if bits == 8 and not half:  # eight bits do not fit bf16's mantissa: so nibbles, then high * 16 + (low - zero)
+        sixteen = emit("k16", f"mov.b32 k16, {_pair(float_bits(16))};")
+        top = emit("t128", f"mov.b32 t128, {_pair(float_bits(-128))};")
         less = minus(0)  # 128 + zero may need nine bits, so the two are subtracted one after the other
-        magic = _pair(number(128))
+        magic = _pair(float_bits(128))
         for plane in range(2):
             low, upper = shifted(word, "w", 8 * plane), shifted(word, "w", 8 * plane + 4)
             for name, source in (("l", low), ("u", upper)):
@@ -109,7 +110,7 @@ def unpack_program(bits: int, dtype: str, zero: int | None) -> str:
         base = (1 << mantissa) >> place
         mask = _pair(((1 << bits) - 1) << place)
         moved = shifted(source, name, position - place)
-        emit(f"q{plane}", f"lop3.b32 q{plane}, {moved}, {mask}, {_pair(number(base))}, {_AND_OR};")
+        emit(f"q{plane}", f"lop3.b32 q{plane}, {moved}, {mask}, {_pair(float_bits(base))}, {_AND_OR};")
         lines.append(f"fma.rn.{kind} ${plane}, q{plane}, {one}, {minus(base)};")
     return _scoped(declared, lines)
 
@@ -120,8 +121,8 @@ def _scoped(declared: dict[str, None], lines: list[str]) -> str:
 
 @triton.jit
 def _stack(first, second):
-    """Two ``[R, W]`` tensors to ``[R, 2 W]``, the second behind the first; moves nothing between threads."""
-    both = tl.permute(tl.join(first, second), (0, 2, 1))
+    """Two tensors [R, W] side by side, [R, 2 W]; no data moves between threads."""
+    both = tl.permute(tl.join(first, second), (0, 2, 1))  # [R, W, which] to [R, which, W]
     return tl.reshape(both, (first.shape[0], 2 * first.shape[1]))
 
 
@@ -130,38 +131,44 @@ def load_words(pointer, atom_stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr, 
     """The words of one atom per 64 output rows: int16 ``[BLOCK_N, 8 * BITS]``.
 
     Memory holds them in the order in which the matrix instructions want their left operand (``mma`` m16k16 with
-    four warps down the rows): from the lowest bit of the offset, row bits ``n`` and column bits ``i`` are
-    ``i0 n3 i3 | i1 i2 n0 n1 n2 | n4 n5 | i4 i5``: 16 bytes per thread, its lane, its warp, repetitions. One-bit words
-    have no ``i3``. So the reshape below is a change of names, and no thread waits for another's data.
+    four warps down the rows). Let ``n0`` to ``n5`` be the bits of the output row within the atom, and ``i0`` to ``i5``
+    those of the word's column. From the lowest bit, the offset of a word is ``i0 n3 i3 | i1 i2 n0 n1 n2 | n4 n5 |
+    i4 i5``: 16 bytes of one thread, the lane, the warp, repetitions. One-bit words have no ``i3``. So the reshapes and
+    the permutation below only rename axes, and no data moves between threads.
 
     Args:
-        pointer: To the atom of the first 64 rows, int16.
+        pointer: To the atom of the first 64 rows, int16 [512 * BITS].
         atom_stride: Words from an atom to that of the next 64 rows.
         BLOCK_N: Output rows, a multiple of 64.
         BITS: Bits per code in these words: 1, 2, 4 or 8.
-        KEEP: Whether another program will read the atom soon; if not, it had better not drive the activations out
-            of the caches (8 % at one token on an H100).
+        KEEP: Whether another program will read the atom soon. If not, it is marked to be evicted first, so that it does
+            not push the activations out of the caches (8 % at one token on an H100).
     """
     POLICY: tl.constexpr = "" if KEEP else "evict_first"
     TILES: tl.constexpr = BLOCK_N // 64
     if BITS == 1:
         offsets = tl.arange(0, TILES)[:, None] * atom_stride + tl.arange(0, 512)[None, :]
+        # [atom of 64 rows, n5 n4, n2 n1 n0, i2 i1, n3, i0]
         words = tl.reshape(tl.load(pointer + offsets, eviction_policy=POLICY), (TILES, 4, 8, 4, 2, 2))
+        # to [atom, n5 n4, n3, n2 n1 n0, i2 i1, i0]
         return tl.reshape(tl.permute(words, (0, 1, 4, 2, 3, 5)), (BLOCK_N, 8))
     else:
         REPEAT: tl.constexpr = BITS // 2
         rows = tl.arange(0, TILES)[None, :, None] * atom_stride
         offsets = tl.arange(0, REPEAT)[:, None, None] * 1024 + rows + tl.arange(0, 1024)[None, None, :]
+        # [i5 i4, atom of 64 rows, n5 n4, n2 n1 n0, i2 i1, i3, n3, i0]
         words = tl.reshape(tl.load(pointer + offsets, eviction_policy=POLICY), (REPEAT, TILES, 4, 8, 4, 2, 2, 2))
+        # to [atom, n5 n4, n3, n2 n1 n0, i5 i4, i3, i2 i1, i0]
         return tl.reshape(tl.permute(words, (1, 2, 6, 3, 0, 5, 4, 7)), (BLOCK_N, 8 * BITS))
 
 
 @triton.jit
 def _spread_top_bits(high):
-    """One-bit words ``[R, 8]`` as ``[R, 16]``, column bit ``i3`` new, and the left shift ``[1, 16]`` each needs.
+    """One-bit words [R, 8] repeated to [R, 16], one for each 2-bit word, and the left shift [1, 16] of each.
 
-    Shifted, the top bit of plane ``2 e + odd`` is bit ``4 e + 2 + odd``: above the two low bits of plane ``2 e`` once
-    a register of every other plane has been made of them, and one further right for the other register.
+    After the shift, the top bit of plane ``2 e + odd`` is bit ``4 e + 2 + odd``. :func:`unpack_program` moves the even
+    planes of a 2-bit word into the nibbles of one register, and the odd planes into those of another. There the top
+    bit belongs right above the two low bits; for the odd planes that takes another shift, to the right by one.
     """
     both = tl.reshape(tl.broadcast_to(high[:, None, :], (high.shape[0], 2, 8)), (high.shape[0], 16))
     return both, (tl.arange(0, 16) // 8 * 2).to(tl.int16)[None, :]
@@ -191,7 +198,7 @@ def unpack(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: 
 
     Args:
         words: int16 ``[R, W]``, the low two bits for 3-bit codes.
-        high: int16 ``[R, 8]``, the top bits of 3-bit codes; else anything.
+        high: int16 ``[R, 8]``, the top bits of 3-bit codes; for other widths any tensor.
         zero: Zero points in ``DTYPE``, ``[R, 1]``.
         BITS: Code width.
         PROGRAM: :func:`unpack_program`'s text, or "" for the portable path, which needs no inline assembly.
