@@ -11,16 +11,16 @@ from graftq.quant_linear.cpu.layout import bytes_of
 from graftq.quant_linear.packing import unpack_codes
 
 TILE_BYTES = 2 * 2**20
-"""Weights dequantized at a time, unless one block of output rows needs more: what the caches hold."""
+"""Dequantized weights at a time, so that they stay in the caches, unless one block of output rows needs more."""
 
-_BATCHED_TOKENS = 256  # most for which one batched product in bf16 beats one for each block of outputs
+_BATCHED_TOKENS = 256  # up to these, one batched product in bf16 beats a product for each block of outputs
 _BYTES_STEP = 64  # output rows of a tile of bytes are a multiple of these
 
 
 class CpuWeights(NamedTuple):
-    """One projection in the operators' order of arguments: the tensors of ``CpuLayout``, then its numbers.
+    """One projection in the operators' order of arguments: the tensors of ``CpuLayout``, then values of its spec.
 
-    For experts, the tensors have a first dimension more. ``sym`` and ``zero_offset`` are the spec's.
+    For experts, the tensors have the experts as an additional first dimension.
     """
 
     codes: torch.Tensor
@@ -35,7 +35,7 @@ class CpuWeights(NamedTuple):
     zero_offset: int
 
     def of(self, expert: int) -> CpuWeights:
-        """Those of one expert, but ``order`` and ``bias``."""
+        """The weights of one expert, without ``order`` and ``bias``."""
         return self._replace(
             codes=self.codes[expert],
             scales_and_zeros=self.scales_and_zeros[expert],
@@ -48,7 +48,7 @@ class CpuWeights(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Places of inputs, of one expert."""
+        """Input rows as packed, of one expert."""
         if self.is_bytes:
             return self.codes.shape[-1] * self.codes.shape[-3]
         return self.codes.shape[-2] // self.halves
@@ -72,7 +72,7 @@ def multiply_tiles(placed: torch.Tensor, w: CpuWeights, n: int) -> torch.Tensor:
     for outputs, weights in tiles(w, n, placed.dtype):
         if batched and len(weights) > 1:
             if len(weights) > len(copies):
-                copies = placed.expand(len(weights), -1, -1).contiguous()  # once, or each product makes them anew
+                copies = placed.expand(len(weights), -1, -1).contiguous()  # once, not again in each product
             found = torch.bmm(copies[: len(weights)], weights).transpose(0, 1).flatten(1)
         else:
             found = torch.cat([placed @ block for block in weights], 1)
@@ -92,11 +92,11 @@ def multiply_tiles_transposed(grad: torch.Tensor, w: CpuWeights) -> torch.Tensor
 
 
 def tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Dequantized weights from a workspace that the next ones overwrite.
+    """Dequantized weights, a tile of output rows at a time; the next tile overwrites them.
 
     Yields:
-        The outputs, and their weights, ``dtype`` [batch, rows, columns], whose ``batch * columns`` outputs may be
-        more than those.
+        The range of outputs, and their weights, ``dtype`` [batch, rows, columns]. ``batch * columns`` may exceed the
+        range; the rest is padding.
     """
     return (_byte_tiles if w.is_bytes else _nibble_tiles)(w, n, dtype)
 
@@ -105,7 +105,7 @@ def _nibble_tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[s
     blocks, _, half_block = w.codes.shape
     rows, units, block = w.rows, len(w.groups), 2 * half_block
     step = min(blocks, max(1, TILE_BYTES // (dtype.itemsize * block * rows)))
-    # Nibbles come out as bytes of 16 times their distance from the middle.
+    # Nibbles become bytes of 16 times their distance from the middle code.
     scales, offsets = _scales_and_offsets(w, n, 1.0 if w.halves == 2 else 1 / 16, dtype)
     scales = _by_block(scales, block)
     offsets = None if offsets is None else _by_block(offsets, block)
@@ -160,9 +160,10 @@ def _byte_tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[sli
 def _scales_and_offsets(
     w: CpuWeights, n: int, factor: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What codes around their middle are multiplied by, times ``factor``, and what is added then: [units, n] each.
+    """What ``code - middle`` is multiplied by, times ``factor``, and what is added to that: [units, n] each.
 
-    Nothing is added where zero points are symmetric. In ``dtype`` then, else in float32: zeros may be large.
+    With symmetric zero points nothing is added (None), and the scales are in ``dtype``. Otherwise both are in float32,
+    since zero points may be large.
     """
     scales, offsets, groups = w.scales[:, :n].float(), None, w.groups
     if w.sym:

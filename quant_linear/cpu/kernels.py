@@ -1,4 +1,4 @@
-"""Which kernel of torch's multiplies on this CPU, and the products with weights as they are stored."""
+"""Which of torch's kernels multiply on this CPU, and the products by the packed weights as they are."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _FEW_TOKENS = {
     torch.bfloat16: {"one nibble": 40, "two nibbles": 32, "bytes": 12},
     torch.float32: {"one nibble": 48, "two nibbles": 20, "bytes": 20},
 }
-"""Most tokens that the kernels are faster for, by the dtype of tiles and what a code is kept as."""
+"""The most tokens for which the kernels beat tiles, by the dtype of tiles and what a code is stored as."""
 
 _LEAST_BYTES: dict[int | None, int] = {64: 2**24, 32: 3 * 2**17}
-"""Weights of a unit from which 8 bits are kept as bytes, by the int4 kernel's block, which tells AVX-512 from AVX2."""
+"""From so many weights of a unit on, 8-bit codes are stored as bytes; by the int4 kernel's block (64 with AVX-512)."""
 
 
 @lru_cache(maxsize=1)
 def int4_block() -> int | None:
     """Output rows that torch's int4 kernel packs side by side on this machine; None if it cannot be used.
 
-    Asked of the kernel itself, by a small product: the order of the nibbles depends on the instruction set, and the
-    kernel on the version of torch.
+    A small product finds out: the order of the nibbles depends on the instruction set, and the kernel on
+    torch's version.
     """
     try:
         pack, multiply = torch.ops.aten._convert_weight_to_int4pack_for_cpu, torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -46,7 +46,7 @@ def int4_block() -> int | None:
 
 @lru_cache(maxsize=1)
 def has_int8_kernel() -> bool:
-    """Whether torch's int8 kernel can be used on this machine, asked of it by a small product."""
+    """Whether torch's int8 kernel can be used on this machine; a small product finds out."""
     try:
         codes = (torch.arange(24 * 32, device="cpu") % 251 - 128).view(24, 32).to(torch.int8)
         x = torch.eye(32, device="cpu", dtype=torch.bfloat16)[:5] * 2
@@ -59,23 +59,23 @@ def has_int8_kernel() -> bool:
 
 @lru_cache(maxsize=1)
 def fast_dtype() -> torch.dtype:
-    """What tiles for bf16 and fp16 models are multiplied in: bf16 is slower than float32 without AVX-512."""
+    """The dtype that tiles of bf16 and fp16 models are multiplied in: without AVX-512, bf16 is slower than float32."""
     capability = torch.backends.cpu.get_cpu_capability()
     fast = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def takes_bytes(spec: QuantSpec) -> bool:
-    """Whether 8 bits are best kept as bytes, multiplied unit by unit, rather than as nibbles in one product.
+    """Whether 8-bit codes are best stored as bytes, multiplied unit by unit, rather than as nibbles in one product.
 
-    A unit's product must be worth a call of its own: the more, the faster nibbles are.
+    A unit must be large enough to be worth a call of its own; the faster nibbles are, the larger.
     """
     work = spec.out_features * min(spec.group_size, Int8Layout.UNITS[0])
     return spec.bits == 8 and work >= _LEAST_BYTES.get(int4_block(), 0)
 
 
 def most_tokens(w: CpuWeights, dtype: torch.dtype) -> int:
-    """Most rows of ``dtype`` that a kernel multiplies by the weights as they are; -1 if there is no such kernel."""
+    """The most rows of ``dtype`` that a kernel is used for; -1 if there is no such kernel."""
     if dtype == torch.float32 or not (has_int8_kernel() if w.is_bytes else int4_block()):
         return -1
     return _FEW_TOKENS[fast_dtype()]["bytes" if w.is_bytes else "two nibbles" if w.halves == 2 else "one nibble"]
@@ -105,7 +105,7 @@ def multiply_runs(placed: torch.Tensor, w: CpuWeights, n: int, runs: Sequence[tu
     if w.is_bytes or max(lengths) > most_tokens(w, placed.dtype):
         parts = zip(placed.split(lengths), runs, strict=True)
         return torch.cat([multiply(part, w.of(expert), n) for part, (expert, _) in parts])
-    # A product may take less than 100 us, so that all that is the same for every expert is done once.
+    # A product may take less than 100 us, so all that is the same for every expert is done once.
     every, codes, unit = _for_nibbles(placed, w)
     kernel, scales_and_zeros = torch.ops.aten._weight_int4pack_mm_for_cpu.default, w.scales_and_zeros
     out = torch.cat(
@@ -118,7 +118,7 @@ def multiply_runs(placed: torch.Tensor, w: CpuWeights, n: int, runs: Sequence[tu
 
 
 def _for_nibbles(placed: torch.Tensor, w: CpuWeights) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The int4 kernel's activations, codes (of each expert, if ``w`` has many) and rows that share a scale."""
+    """The int4 kernel's activations, codes (of all experts, if ``w`` has many) and input rows per scale."""
     placed = placed.to(torch.bfloat16)
     if w.halves == 2:
         placed = torch.cat((placed, placed), 1)

@@ -1,4 +1,4 @@
-"""The weights of one projection in plain, for products so large that cuBLAS beats unpacking in the product."""
+"""The dequantized weights of one projection, for so many tokens that cuBLAS beats unpacking in the product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec
 
 WORKSPACE_BYTES = 128 * 2**20
-"""Most memory that dequantized weights take at a time, unless one tile of 64 output rows needs more."""
+"""The most memory that dequantized weights take at a time, unless a single tile of 64 output rows needs more."""
 
 
 class TiledWeights(NamedTuple):
@@ -30,7 +30,12 @@ class TiledWeights(NamedTuple):
 
 
 def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """Dequantized weights, a bounded run of output rows at a time, each over the last: (first row, [rows, places])."""
+    """Dequantized weights, a run of output rows at a time.
+
+    Yields:
+        The run's first output row, and its weights, ``dtype`` [rows, 128 * atoms], inputs in packed order. The next run
+        overwrites them.
+    """
     n, atoms = spec.out_features, weights.codes.shape[1]
     device, scales = weights.codes.device, weights.scales
     strides = (scales.stride(0), 0 if weights.qzeros is None else weights.qzeros.stride(0))
@@ -49,7 +54,13 @@ def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype)
 
 
 def runs_of(n: int, atoms: int, itemsize: int) -> list[tuple[int, int]]:
-    """First tile and number of tiles of runs of even length, whose ``itemsize`` bytes a weight fit the workspace."""
+    """The first tile and the number of tiles of each run; runs are even, and fit the workspace.
+
+    Args:
+        n: Output rows.
+        atoms: Atoms of 128 input rows.
+        itemsize: Bytes of a dequantized weight.
+    """
     tiles = -(-n // TILE_N)
     most = max(1, WORKSPACE_BYTES // (TILE_N * 128 * atoms * itemsize))
     step = -(-tiles // -(-tiles // most))

@@ -1,4 +1,4 @@
-"""What the launch of a kernel depends on besides its arguments: the device it runs on."""
+"""What launches need to know of the device, and of the strides of their activations."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from graftq.quant_linear.kernels.unpack import unpack_program
 
 @lru_cache(maxsize=64)
 def device_of(device: torch.device) -> Device:
-    """What a tile choice depends on."""
+    """The properties of ``device`` that the choice of a tile depends on."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
         return Device("hip" if torch.version.hip else "cuda", capability, properties.multi_processor_count)
-    return Device(device.type, 0, 64)  # the interpreter, or a device whose tiles nobody has measured
+    return Device(device.type, 0, 64)  # the interpreter, or a device for which tiles were never measured
 
 
 @lru_cache(maxsize=64)
 def program_for(device: torch.device, bits: int, dtype: torch.dtype, sym: bool) -> str:
-    """The unpacking text for ``device``: inline PTX where there is PTX with the instructions, else ""."""
+    """``unpack_program``'s text for NVIDIA GPUs from sm_80 on; elsewhere "", the portable path."""
     if device_of(device).capability < 80:
         return ""
     return unpack_program(bits, "fp16" if dtype == torch.float16 else "bf16", 2 ** (bits - 1) if sym else None)
 
 
 def row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """Elements from one row of a tensor [..., K] to the next, through all leading dimensions; None if that varies.
+    """Elements from one row of a tensor [..., K] to the next, if they are the same across all leading dimensions.
 
-    Kernels read activations so; None also if a row is not in one piece.
+    None if it varies, or if a row is not contiguous.
     """
     if shape[-1] != 1 and strides[-1] != 1:
         return None

@@ -1,7 +1,7 @@
-"""Which tile a product gets: a pure function of the product and the device, measured beforehand, nothing at run time.
+"""The choice of a tile for a product: a pure function of the product and the device. Nothing is tuned at run time.
 
-A tile's shape follows from the tokens. The splits of K fill the device once: as many programs as are resident
-together, since a second, partial round costs as much as a full one (measured; see ``docs/performance.md``).
+The number of tokens decides the shape of a tile. The splits of K fill the device once, with as many programs as can be
+resident at the same time, since a second, partial wave costs as much as a full one (``docs/performance.md``).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Tile:
 
     Attributes:
         rows: Output rows, a multiple of 64.
-        tokens: Tokens; 1 means the vector kernel.
+        tokens: Tokens; 1 for the vector kernel.
         unroll: Atoms of 128 input rows per step.
         splits: Splits of K.
         warps: Warps per program; a multiple of four, four for each 64 rows or all 128.
         stages: Depth of the software pipeline.
-        registers: Cap per thread, or None; it buys residency.
-        scale_weights: Whether the scales go onto the weights instead of the products.
+        registers: Cap per thread, or None; with fewer registers, more programs are resident.
+        scale_weights: Whether the scales multiply the weights instead of the products.
     """
 
     rows: int
@@ -60,12 +60,12 @@ class Tile:
 
 
 FUSED_TOKENS = 1024
-"""Tokens up to which unpacking in the product beats weights in plain and cuBLAS (H100; nothing else measured)."""
+"""Tokens up to which unpacking in the product beats dequantized weights and cuBLAS (measured on an H100 only)."""
 
 
 @lru_cache(maxsize=4096)
 def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Tile | None:
-    """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None: dequantize, then multiply plainly.
+    """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None for dequantized weights.
 
     Args:
         device: Where it runs.
@@ -107,11 +107,11 @@ def _tiles(n: int, rows: int) -> int:
 
 
 def tile_splits(resident: int, n: int, rows: int, tiles_m: int, atoms: int, shortest: int) -> int:
-    """Splits so that ``resident`` programs are not exceeded and none has fewer than ``shortest`` atoms."""
+    """The most splits, up to 32, with at most ``resident`` programs of at least ``shortest`` atoms each."""
     return max(1, min(resident // (_tiles(n, rows) * tiles_m), atoms // shortest, 32))
 
 
 def filled(splits: int, atoms: int, unroll: int) -> int:
-    """Those of so many splits of K that get any atoms, in steps of ``unroll``."""
+    """How many of ``splits`` splits of K get any atoms, if each takes whole steps of ``unroll`` atoms."""
     per_split = -(-atoms // (splits * unroll)) * unroll
     return -(-atoms // per_split)

@@ -1,15 +1,18 @@
 """All experts of a mixture-of-experts layer in at most four launches.
 
-The pipeline, for T tokens that each choose ``top_k`` of E experts (a *slot* is one token with one of its experts)::
+The pipeline in the fused form, for T tokens that each choose ``top_k`` of E experts. A *slot* is a token with one of its
+experts, numbered ``token * top_k + choice``::
 
-    route      index [T, top_k]          -> slots sorted by expert, cut into tiles of one expert each
-    gather     x [T, K]                  -> x in the order of each expert's packed rows (act-order only)
-    up         x @ (gate | up).T         -> [slots, 2 * intermediate], gate and up rows interleaved by eights
-    activate   f(gate) * up              -> [slots, intermediate], in the last step of ``up``
-    down       hidden @ down.T           -> [slots, hidden], partial sums if K is split
-    sum        over a token's slots      -> y [T, hidden], weighted by the router
+    route      index [T, top_k]          -> slots sorted by expert, in tiles of one expert each
+    gather     x [T, H]                  -> [slots, 1, 128 * atoms], in the packed order of each slot's expert
+    up         x @ (gate | up).T         -> [slots, 2 * inner], 8 rows of gate alternating with 8 of up
+    activate   f(gate + b) * (up + b)    -> [slots, inner], in ``down``'s packed order of inputs
+    down       hidden @ down.T           -> [splits, slots, H], partial sums if K is split
+    sum        over splits and experts   -> out [T, H], weighted by the router, ``down``'s bias included
 
-Route and gather share one launch (``kernels/experts_prepare``); up and activate are one (``experts_gemm``, or
-``experts_gemv`` for a single token), down is one, and the sum is one (``experts_sum``; for a single token it is the
-last step of ``down``).
+``inner`` is the intermediate size padded to whole atoms of 128. Experts without a gate have ``inner`` rows in ``up``.
+
+Several tokens take four launches: route and gather (``kernels/experts_prepare``; it only gathers if act-order has moved
+rows of ``up``), up and activate (``experts_gemm``), down (``experts_gemm``), and sum (``experts_sum``). A single token
+takes two, and one more to gather for act-order: nothing is routed, and ``down`` (``experts_gemv``) also takes the sum.
 """

@@ -1,4 +1,4 @@
-"""What no kernel reads of packed experts, and restoring the checkpoint needs: its zero points, g_idx and dtypes."""
+"""The packed experts' tensors that no kernel reads: what unpacking needs to restore zero points, g_idx and dtypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftq.quant_linear.layouts import STORED_DTYPES, GptqTensors, stored_dtype
 
 @dataclass(frozen=True)
 class StoredMetadata:
-    """One projection's share; ``g_idx`` is None if the checkpoint stores none."""
+    """The metadata of one expert's projection; ``g_idx`` is None if the checkpoint stores none."""
 
     qzeros: torch.Tensor
     g_idx: torch.Tensor | None
@@ -22,7 +22,7 @@ class StoredMetadata:
 
 
 def pack_metadata(spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]]) -> dict[str, torch.Tensor]:
-    """``qzeros`` and ``g_idx`` of all experts in a row; ``dtypes`` int8 [E, projections, 3]: scales, bias, g_idx."""
+    """``qzeros`` and ``g_idx`` of all experts, flat; ``dtypes`` int8 [E, projections, 3]: of scales, bias and g_idx."""
     every = [stored[name] for stored in experts for name in spec.names]
     dtypes = stored_dtypes(every).to(every[0].qweight.device)
     kept = {
@@ -34,7 +34,7 @@ def pack_metadata(spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]
 
 
 def metadata_of(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], name: str, expert: int) -> StoredMetadata:
-    """One projection's share of what :func:`pack_metadata` gave, copied."""
+    """A copy of one projection's part of what :func:`pack_metadata` returned."""
     number, own = spec.names.index(name), spec.of(name)[expert]
     every = [specs[other] for other in range(expert + 1) for _, specs in spec.projections]
     before = every[: expert * len(spec.names) + number]

@@ -1,7 +1,8 @@
-"""Which row of the experts' two stacks holds which stored column of which projection; no weights, just numbers.
+"""Which row of the experts' two stacks holds which stored column of which projection; this reads no weights.
 
-The two forms are those of ``experts_layout``. The columns of the first stack are the activation's inputs
-(``[gate; up]``, or interleaved), then those that the writer padded; of ``down_proj``, or of a stack of one, as stored.
+The two forms, fused and split, are those of ``layout``. The columns of the first stack are the activation's inputs
+(``[gate; up]``, or interleaved), then the columns of padding that the checkpoint stores. Those of ``down_proj``, or of
+a first stack of one projection, are as stored.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.gpu.tiled_layout import NO_ROW, PADDED_N, RowOrder
 
 HALF_FRAGMENT = 8
-"""Rows of gate, then of up, that alternate in the fused form."""
+"""In the fused form, this many rows of gate alternate with as many of up."""
 
 
 @dataclass(frozen=True)
 class StackRows:
-    """The rows of the first stack (gate and up) and the second (``down_proj``)."""
+    """The rows of the first stack (gate and up) and of the second (``down_proj``)."""
 
     spec: ExpertsSpec
 
@@ -39,7 +40,7 @@ class StackRows:
         return _padded(max(self.spec.of(name)[0].padded_out for name in self.up_names))
 
     def columns(self, name: str, expert: int) -> torch.Tensor:
-        """The numbers of a projection's stored columns: int64 [padded_out]."""
+        """The column, as counted above, of each stored column of a projection: int64 [padded_out]."""
         padded_out = self.spec.of(name)[expert].padded_out
         if name == "down_proj" or len(self.up_names) == 1:
             return torch.arange(padded_out)
@@ -56,7 +57,7 @@ class StackRows:
         Args:
             expert: Its number.
             down: Where the rows' values go as ``down_proj``'s inputs.
-            device: Where the result shall be.
+            device: Where the result is made.
         """
         inner = self.intermediate
         place = torch.arange(down.rows, device=device)
@@ -77,13 +78,13 @@ class StackRows:
         return columns.to(torch.int32)
 
     def fused_source(self, columns: torch.Tensor, expert: int) -> torch.Tensor:
-        """Of each row of the fused form, the place among the stack's stored columns, side by side; -1 for padding."""
-        numbers = torch.cat([self.columns(name, expert) for name in self.up_names]).to(columns.device)
-        place = torch.argsort(numbers)
+        """For each row of the fused form, its index among the stack's stored columns side by side; -1 for padding."""
+        columns_stored = torch.cat([self.columns(name, expert) for name in self.up_names]).to(columns.device)
+        place = torch.argsort(columns_stored)
         return torch.where(columns != NO_ROW, place[columns.clamp(max=len(place) - 1).long()], -1)
 
     def split_source(self, name: str, expert: int, device: torch.device) -> torch.Tensor:
-        """Of each row of a projection by itself, the stored column; -1 for padding."""
+        """For each row of a projection in the split form, its stored column; -1 for padding."""
         padded_out = self.spec.of(name)[expert].padded_out
         index = torch.arange(_padded(padded_out) if name == "down_proj" else self.part_rows, device=device)
         return torch.where(index < padded_out, index, -1)
@@ -95,7 +96,7 @@ class StackRows:
             name: The projection.
             expert: Its expert's number.
             columns: What :meth:`fused_columns` gave for that expert; None in split form.
-            device: Where the result shall be.
+            device: Where the result is made.
         """
         if name == "down_proj" or columns is None:
             first = 0 if name == "down_proj" else self.part_rows * self.up_names.index(name)

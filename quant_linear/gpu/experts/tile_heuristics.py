@@ -1,14 +1,14 @@
-"""Which tiles the products of experts get: pure functions of the layer's sizes and the device, like ``tiles``.
+"""The choice of tiles for the products of experts: pure functions of the layer's sizes and the device.
 
-Nobody on the host knows how the tokens fall to the experts, so that the choice goes by what even routing would give.
-What the dense kernels' measurements (``docs/performance.md``) say carries over, product by product:
+The host does not know how the router distributes the tokens, so the choice assumes even routing. The measurements of
+the dense kernels (``docs/performance.md``) apply to each product:
 
-* One token: each of its experts' rows are tiles of their own; eight programs of the vector kernel are resident on a
-  processor. The first product of Mixtral (2 experts, 448 tiles each) fills an H100 without splits of K and their
-  tail, and then has longer steps; the second and all of Qwen3's need splits, and long sums larger tiles.
-* Few tokens an expert: 16-token tiles cost what fewer would (the weights' bytes decide), and hold nearly any expert's
-  share, so that its weights are read once.
-* Many: 64 and 128 tokens, two groups of four warps to share them.
+* One token: each of its experts has tiles of its own; eight programs of the vector kernel are resident on a
+  multiprocessor. The first product of Mixtral (2 experts, 448 tiles each) fills an H100 without splits of K, and then
+  takes longer steps. The second one, and both of Qwen3, need splits; long sums need larger tiles.
+* Few tokens per expert: tiles of 16 tokens take no longer than smaller ones would, since reading the weights takes the
+  time. They hold all slots of nearly any expert, so that its weights are read once.
+* Many: tiles of 64 and 128 tokens, shared by two groups of four warps.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from functools import lru_cache
 from graftq.quant_linear.gpu.tile_heuristics import Device, Tile, filled, tile_splits
 
 TOKENS_AT_ONCE = 4096
-"""Most tokens that go through a layer together: bounds what lies between its products."""
+"""The most tokens that go through a layer at a time: bounds the memory between its products."""
 
 
 def has_vector_form(group: int) -> bool:
-    """Whether the kernels for a single token know groups of this size."""
+    """Whether the kernels for a single token support groups of this size."""
     return group % 128 == 0
 
 
 def tiles_bound(slots: int, experts: int, tokens: int) -> int:
-    """Tiles of ``tokens`` slots that suffice however they fall to the experts, as ``prepare_kernel`` counts them."""
+    """Tiles of ``tokens`` slots that suffice however the slots are distributed, as ``prepare_kernel`` counts them."""
     return slots // tokens + min(experts, slots)
 
 
 @lru_cache(maxsize=1024)
 def slots_per_expert(slots: int, experts: int) -> float:
-    """Slots of an expert that has any, if each chooses evenly among all."""
+    """The expected slots of an expert that has any, if the router chooses evenly."""
     return slots / (experts * (1 - (1 - 1 / experts) ** slots))
 
 
 @lru_cache(maxsize=1024)
 def choose_tokens(slots: int, experts: int) -> int:
-    """Slots in a tile, the same for both products, who share the routing."""
+    """Slots in a tile, the same for both products, since they share the routing."""
     mean = slots_per_expert(slots, experts)
     for tokens, most in ((16, 10.0), (32, 22.0), (64, 160.0)):
         if mean <= most:
@@ -49,7 +49,7 @@ def choose_tokens(slots: int, experts: int) -> int:
 
 @lru_cache(maxsize=1024)
 def choose_sweep(slots: int, experts: int, tokens: int) -> int:
-    """Tiles of slots that go through the weights together: those of one expert, but no more than caches hold."""
+    """Tiles of slots that go through the weights together: those of one expert, at most 16 for the caches."""
     return max(1, min(16, round(slots_per_expert(slots, experts) / tokens)))
 
 
@@ -86,7 +86,7 @@ def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, exp
 def choose_vector(device: Device, bits: int, n: int, atoms: int, top_k: int) -> Tile:
     """The tile of one product for a single token's ``top_k`` experts; other arguments as :func:`choose_matrix`."""
     unroll = 2 if atoms % 2 == 0 else 1
-    rows, resident = (128 if bits == 2 else 64), 8  # as for dense layers
+    rows, resident = (128 if bits == 2 else 64), 8  # as for linear layers
     registers = None
     if bits in (3, 4) and tile_splits(8 * device.processors, n, 64, top_k, atoms, shortest=2) == 1:
         unroll = 4 if atoms % 4 == 0 else unroll
