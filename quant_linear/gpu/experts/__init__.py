@@ -1,7 +1,7 @@
 """All experts of a mixture-of-experts layer in at most four launches.
 
-The pipeline in the fused form, for T tokens that each choose ``top_k`` of E experts. A *slot* is a token with one of its
-experts, numbered ``token * top_k + choice``::
+The pipeline in the fused form, for T tokens that each choose ``top_k`` of E experts. A *slot* is a token with one of
+its experts, numbered ``token * top_k + choice``::
 
     route      index [T, top_k]          -> slots sorted by expert, in tiles of one expert each
     gather     x [T, H]                  -> [slots, 1, 128 * atoms], in the packed order of each slot's expert
