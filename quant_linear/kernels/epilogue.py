@@ -58,6 +58,14 @@ def scale_weights(weights, scale, SCALES: tl.constexpr):
 
 
 @triton.jit
+def atoms_of_split(split, atoms, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr):
+    """The first of the atoms that a split of K sums, and the one behind its last; whole steps of UNROLL atoms."""
+    per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
+    begin = split * per_split
+    return begin, tl.minimum(begin + per_split, atoms)
+
+
+@triton.jit
 def sum_splits(acc, partials, counters, tile, split, size, offsets, inside, SPLIT_K: tl.constexpr):
     """The sum of ``acc`` over the splits of K, and 1, for the last program of a tile to arrive; the others get 0.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftq.quant_linear.kernels.epilogue import finish_tile, load_scales, load_zeros, scale_weights
-from graftq.quant_linear.kernels.unpack import load_words, unpack
+from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_tile, load_scales, load_zeros, scale_weights
+from graftq.quant_linear.kernels.unpack import load_atoms, unpack
 
 
 @triton.jit
@@ -59,9 +59,7 @@ def multiply_tile(
     columns = tl.arange(0, 128)
     x += columns[None, :]  # [BLOCK_M, 128]
 
-    per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, atoms)
+    begin, end = atoms_of_split(split, atoms, UNROLL, SPLIT_K)
     PER_ATOM: tl.constexpr = 128 // GROUP if GROUP > 0 else 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1) if SYM else 0, DTYPE)
@@ -73,11 +71,8 @@ def multiply_tile(
     for step in range(begin, end, UNROLL):
         for unrolled in tl.static_range(UNROLL):
             atom = step + unrolled
-            # [BLOCK_N, 8 * WIDTH]
-            words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, KEEP)
-            top = words
-            if BITS == 3:
-                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)  # [BLOCK_N, 8]
+            # [BLOCK_N, 8 * WIDTH], [BLOCK_N, 8]
+            words, top = load_atoms(codes, high, atom, atoms, BLOCK_N, BITS, KEEP)
             # [128, BLOCK_M]
             if MASK_M or MASK_K:
                 inside = inside_m[:, None]
@@ -131,7 +126,7 @@ def matrix_kernel(
     Args:
         x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
         codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
-            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
         high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
         zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graftq.quant_linear.kernels.epilogue import finish_row, load_scales, load_zeros
-from graftq.quant_linear.kernels.unpack import load_words, unpack, unpack_planes
+from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_row, load_scales, load_zeros
+from graftq.quant_linear.kernels.unpack import load_atoms, unpack, unpack_planes
 
 
 @triton.jit
@@ -53,9 +53,7 @@ def multiply_row(
     codes += first_atom * (512 * WIDTH)
     high += first_atom * 512
 
-    per_split = tl.cdiv(atoms, SPLIT_K * UNROLL) * UNROLL
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, atoms)
+    begin, end = atoms_of_split(split, atoms, UNROLL, SPLIT_K)
     acc = tl.zeros((BLOCK_N, 8), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1), DTYPE)
     if GROUP == 0 and not SYM:
@@ -66,11 +64,8 @@ def multiply_row(
     for step in range(begin, end, UNROLL):
         for unrolled in tl.static_range(UNROLL):
             atom = step + unrolled
-            # [BLOCK_N, 8 * WIDTH]
-            words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, False)
-            top = words
-            if BITS == 3:
-                top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, False)  # [BLOCK_N, 8]
+            # [BLOCK_N, 8 * WIDTH], [BLOCK_N, 8]
+            words, top = load_atoms(codes, high, atom, atoms, BLOCK_N, BITS, False)
             if GROUP != 0:
                 group = atom // (GROUP // 128)
                 scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
@@ -108,7 +103,7 @@ def vector_kernel(
     Args:
         x: fp16 or bf16 [K], in the packed order of the input rows.
         codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
-            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
+            of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
         high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
         zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less

@@ -163,6 +163,25 @@ def load_words(pointer, atom_stride, BLOCK_N: tl.constexpr, BITS: tl.constexpr, 
 
 
 @triton.jit
+def load_atoms(codes, high, atom, atoms, BLOCK_N: tl.constexpr, BITS: tl.constexpr, KEEP: tl.constexpr):
+    """The words of one atom per 64 output rows, as :func:`unpack` takes them: int16 [BLOCK_N, W] and [BLOCK_N, 8].
+
+    Args:
+        codes, high: int16 pointers to the first atom of the first 64 rows; ``high`` is read for 3 bits only.
+        atom: Which atom along the input rows.
+        atoms: Atoms from 64 output rows to the next.
+        BLOCK_N, KEEP: As in :func:`load_words`.
+        BITS: Code width: 2, 3, 4 or 8.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    words = load_words(codes + atom * (512 * WIDTH), atoms * (512 * WIDTH), BLOCK_N, WIDTH, KEEP)
+    top = words
+    if BITS == 3:
+        top = load_words(high + atom * 512, atoms * 512, BLOCK_N, 1, KEEP)
+    return words, top
+
+
+@triton.jit
 def _spread_top_bits(high):
     """One-bit words [R, 8] repeated to [R, 16], one for each 2-bit word, and the left shift [1, 16] of each.
 
