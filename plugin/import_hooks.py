@@ -204,10 +204,8 @@ class Finder:
         if spec is self._specs.setdefault(root, spec) or self._is_patched(name, module):
             return
         self._specs[root] = spec
-        origins = {
-            _origin(patch) for other, patches in self.patches.items() for patch in patches if _root(other) == root
-        }
-        for adapter in (origin for origin in origins if origin.startswith("graftq.adapters.")):
+        patches = [patch for other, found in self.patches.items() if _root(other) == root for patch in found]
+        for adapter in {_origin(patch) for patch in patches if _origin(patch).startswith("graftq.adapters.")}:
             for stale in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
                 del sys.modules[stale]
                 vars(sys.modules[adapter]).pop(stale.removeprefix(f"{adapter}."), None)
