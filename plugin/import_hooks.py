@@ -277,6 +277,17 @@ def require(*modules: str) -> None:
             raise RuntimeError(f"graftq could not take over {name} ({why or 'no adapter knows it'})")
 
 
+def check() -> None:
+    """Record as a failure what should have been taken over by now and is not, for ``graftq doctor``."""
+    found = finder()
+    if found is not None:
+        for name in found.patches:
+            if name in sys.modules and not found.in_place(name):
+                failures.record(f"taking over {name}", RuntimeError("it was imported, and is not taken over"))
+    for place in patching.overwritten():
+        failures.record(f"keeping {place}", RuntimeError(f"somebody has replaced graftq's function there ({place})"))
+
+
 def uninstall() -> None:
     """Take the finder away and undo every patch."""
     found = finder()
