@@ -27,7 +27,7 @@ def graftq_seams(root):
 ANOTHER = """
 from graftq.plugin.hookspecs import hookimpl
 
-interrupts = []
+interrupts, interrupts_of_hook = [], []
 
 def patch(module):
     if interrupts:
@@ -35,6 +35,8 @@ def patch(module):
 
 @hookimpl
 def graftq_seams(root):
+    if interrupts_of_hook:
+        raise interrupts_of_hook.pop()
     return {"framework.engine": patch} if root == "framework" else None
 """
 START = """
@@ -104,6 +106,20 @@ try:
 except KeyboardInterrupt:
     print(engine.load() != "stock")
 import bystander
+""",
+    "interrupted in an adapter's hook": """
+import another
+another.interrupts_of_hook.append(KeyboardInterrupt())
+try:
+    import framework
+except KeyboardInterrupt:
+    print("framework" in sys.modules)
+import framework.engine as engine
+""",
+    "an adapter's hook that exits": """
+import another
+another.interrupts_of_hook.append(SystemExit(3))
+import framework.engine as engine
 """,
     "a patch that exits": """
 import framework, another
