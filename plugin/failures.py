@@ -1,4 +1,4 @@
-"""What went wrong inside graftq without the host noticing: one warning each, and a record for ``graftq doctor``."""
+"""What failed inside graftq, and was kept from the host: one warning each, and a record for ``graftq doctor``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ recorded: dict[str, str] = {}
 
 def record(what: str, error: BaseException) -> None:
     """Warn, once for each cause, that ``what`` failed, and how to switch graftq off."""
-    why = " ".join(f"{type(error).__name__}: {error}".split())  # one line, as some messages have many
+    try:
+        why = " ".join(f"{type(error).__name__}: {error}".split())  # one line, as some messages have many
+    except Exception:  # an exception whose own message fails
+        why = type(error).__name__
     if why not in recorded.values():
         logger.warning("graftq: %s failed, and is left out: %s. %s=1 switches graftq off.", what, why, DISABLE)
     recorded[what] = why

@@ -35,12 +35,17 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
             for another one, or that has nothing to patch, returns None.
 
     Returns:
-        Fully qualified module name to a function that gets the module once it is fully imported.
-        The function must be idempotent. What it raises is recorded, never passed on to the host, and undoes what the
-        function has replaced by :mod:`graftq.plugin.patching`.
+        Fully qualified module name to a function that gets the module once it is fully imported, and again whenever
+        it is imported anew or reloaded. The function must be idempotent. What it raises is recorded, never passed on to
+        the host (except KeyboardInterrupt), and undoes what the function has replaced by
+        :mod:`graftq.plugin.patching`.
     """
 
 
 @hookspec
 def graftq_kernels() -> Iterable[KernelProvider]:  # type: ignore[empty-body]
-    """Return kernel providers (:class:`graftq.quant_linear.selection.KernelProvider`)."""
+    """Return kernel providers (:class:`graftq.quant_linear.selection.KernelProvider`).
+
+    Each is refused alone, with a warning, if its name is empty or taken, its priority is no integer, or a method is
+    missing.
+    """

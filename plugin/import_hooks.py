@@ -48,6 +48,7 @@ class Finder:
         self.taken: dict[str, list[str]] = {}
         self._patched: dict[str, Callable[[], object]] = {}  # weak references, so that a purged module can go
         self._failed: set[str] = set()
+        self._specs: dict[str, object] = {}
         self._claimed: set[str] = set()
         self._opened: set[str] = set()
         self._announced: set[str] = set()
@@ -62,7 +63,7 @@ class Finder:
             return None
         self._busy.here = True
         try:
-            self._meet(name.partition(".")[0])
+            self._meet(_root(name))
             self._catch_up()
             return self._attach(name, path, target) if name in self.patches else None
         except CONTAINED as error:
@@ -119,7 +120,7 @@ class Finder:
         spec = attributes(module).get("__spec__")
         if getattr(spec, "_initializing", False) or isinstance(getattr(spec, "loader", None), PatchingLoader):
             return False
-        if is_lazy(module):
+        if spec is not None and is_lazy(module):
             self._wrap(name, spec)
             return False
         with self._claim(name) as free:
@@ -160,16 +161,20 @@ class Finder:
     def _execute(self, name: str, module: ModuleType, loader: Any) -> None:
         """Execute a module by its own loader, for the first time or again, and patch it."""
         with self._claim(name):
-            self._patched.pop(name, None)
             lazy_before = is_lazy(module)  # then it is loaded now; some versions of Python change its class later
-            loader.exec_module(module)
-            if is_lazy(module) and not lazy_before:
-                self._wrap(name, attributes(module)["__spec__"])
-            else:
-                self._run(name, module)
+            try:
+                loader.exec_module(module)
+                if is_lazy(module) and not lazy_before:
+                    self._wrap(name, attributes(module)["__spec__"])
+                else:
+                    self._run(name, module)
+            except BaseException:
+                self._patched.pop(name, None)  # a reload that failed half way leaves something unpatched
+                raise
 
     def _run(self, name: str, module: ModuleType) -> None:
         patches = self.patches.get(name, [])
+        self._renew_adapters(name, module)
         failed = [patch for patch in patches if not self._patch(name, module, patch)]
         ours_failed = any(_origin(patch).startswith("graftq.") for patch in failed)
         if ours_failed or len(failed) == len(patches):
@@ -181,12 +186,29 @@ class Finder:
         except TypeError:  # a program may put any object into sys.modules
             self._patched[name] = lambda: module
         if len(failed) < len(patches):
-            root = name.partition(".")[0]
+            root = _root(name)
             taken = self.taken.setdefault(root, [])
             if name not in taken:
                 taken.append(name)
-            if all(other in self._patched for other in self.patches if other.partition(".")[0] == root):
+            if all(other in self._patched for other in self.patches if _root(other) == root):
                 self.announce(root)
+
+    def _renew_adapters(self, name: str, module: ModuleType) -> None:
+        """Have our adapters' modules imported anew after the framework was: they refer to its classes.
+
+        A framework that was imported anew is known by its spec, since some put another module into ``sys.modules``
+        while they are being imported.
+        """
+        root = _root(name)
+        spec = attributes(sys.modules.get(root)).get("__spec__")
+        if spec is self._specs.setdefault(root, spec) or self._is_patched(name, module):
+            return
+        self._specs[root] = spec
+        patches = [patch for other, found in self.patches.items() if _root(other) == root for patch in found]
+        for adapter in {_origin(patch) for patch in patches if _origin(patch).startswith("graftq.adapters.")}:
+            for stale in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
+                del sys.modules[stale]
+                vars(sys.modules[adapter]).pop(stale.removeprefix(f"{adapter}."), None)
 
     def _patch(self, name: str, module: ModuleType, patch: Patch) -> bool:
         try:
@@ -212,6 +234,10 @@ class Finder:
         logger.info(
             "graftq took over GPTQ loading in %s %s (%s); %s=1 switches it off", root, found, places, switches.DISABLE
         )
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _origin(patch: Patch) -> str:
@@ -245,10 +271,22 @@ def require(*modules: str) -> None:
     found = install()
     for name in modules:
         importlib.import_module(name)
-        found.open(name.partition(".")[0])
+        found.open(_root(name))
         if not found.in_place(name):
             why = "; ".join(f"{what}: {reason}" for what, reason in failures.recorded.items())
             raise RuntimeError(f"graftq could not take over {name} ({why or 'no adapter knows it'})")
+
+
+def check() -> None:
+    """Record as a failure what should have been taken over by now and is not, for ``graftq doctor``."""
+    found = finder()
+    if found is not None:
+        for name in found.patches:
+            known = any(what.startswith(f"taking over {name} by ") for what in failures.recorded)
+            if name in sys.modules and not found.in_place(name) and not known:
+                failures.record(f"taking over {name}", RuntimeError("it was imported, and is not taken over"))
+    for place in patching.overwritten():
+        failures.record(f"keeping {place}", RuntimeError(f"somebody has replaced graftq's function there ({place})"))
 
 
 def uninstall() -> None:

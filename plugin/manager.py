@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+import threading
+from collections.abc import Callable, Iterator, Mapping, Set
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from graftq.plugin import failures, hookspecs, switches
+from graftq.plugin.failures import CONTAINED
 
 if TYPE_CHECKING:
     from graftq.quant_linear.selection import KernelProvider, Rejected, Request, Selection
 
 ADAPTERS = "graftq.adapters"
 KERNELS = "graftq.kernels"
+OWN = f"{KERNELS}:graftq."
 logger = logging.getLogger("graftq")
 
 _reported: set[str] = set()
@@ -31,27 +33,56 @@ _unusable: dict[str, Rejected] = {}
 """Providers whose preparation has failed, by name."""
 
 REFERENCE = "torch"
-PROVIDER_MEMBERS = ("name", "priority", "judge", "layout", "linear")
+PROVIDER_CALLS = ("judge", "layout", "linear")
+EXPERTS_CALLS = ("judge", "layout", "experts")
+
+_listing = threading.RLock()
+_listed: list[tuple[KernelProvider, ...]] = []
+"""The kernel providers, once they are known."""
+_registering = threading.RLock()
+"""Held over pluggy's own work only: an import under it could wait for a thread that waits for it."""
 
 
-@lru_cache(maxsize=1)
+_manager = pluggy.PluginManager("graftq")
+_manager.add_hookspecs(hookspecs)
+
+
 def plugin_manager() -> pluggy.PluginManager:
     """The one pluggy manager of this process."""
-    manager = pluggy.PluginManager("graftq")
-    manager.add_hookspecs(hookspecs)
-    return manager
+    return _manager
 
 
 def register(group: str, name: str | None = None) -> None:
     """Import and register the entry points of ``group`` (only those called ``name``, if given), each once."""
-    manager = plugin_manager()
     for entry in entry_points(group=group):
         label = f"{group}:{entry.value}"
-        if (name is None or entry.name == name) and not manager.has_plugin(label) and label not in failures.recorded:
+        if (name is None or entry.name == name) and not _is_known(label):
             try:
-                manager.register(entry.load(), name=label)
-            except Exception as error:
+                plugin = entry.load()
+            except CONTAINED as error:
                 failures.record(label, error)
+            else:
+                _register_once(label, plugin)
+
+
+def _is_known(label: str) -> bool:
+    with _registering:
+        return label in failures.recorded or plugin_manager().has_plugin(label)
+
+
+def _register_once(label: str, plugin: object) -> None:
+    manager = plugin_manager()
+    with _registering:
+        if _is_known(label):  # by another thread
+            return
+        try:
+            manager.register(plugin, name=label)
+        except BaseException as error:
+            if manager.has_plugin(label):  # pluggy keeps one whose hooks it has refused
+                manager.unregister(name=label)
+            if not isinstance(error, CONTAINED):
+                raise
+            failures.record(label, error)
 
 
 def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
@@ -59,33 +90,85 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
     register(ADAPTERS, root)
     found: dict[str, list[Callable[[ModuleType], None]]] = {}
     for label, answer in _call_each("graftq_seams", root=root):
-        if not isinstance(answer, Mapping):
-            failures.record(label, TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping"))
-        elif not all(isinstance(module, str) and callable(patch) for module, patch in answer.items()):
-            failures.record(label, TypeError("graftq_seams returned something else than module names and functions"))
+        try:
+            patches = _patches(answer)
+        except CONTAINED as error:
+            failures.record(label, error)
         else:
-            for module, patch in answer.items():
+            for module, patch in patches:
                 found.setdefault(module, []).append(patch)
     return found
 
 
-@lru_cache(maxsize=1)
+def _patches(answer: object) -> list[tuple[str, Callable[[ModuleType], None]]]:
+    """What an adapter returned, checked.
+
+    Raises:
+        TypeError: for anything else than a mapping of module names to functions.
+    """
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"graftq_seams returned {type(answer).__name__}, not a mapping")
+    patches = list(answer.items())
+    if not all(isinstance(module, str) and callable(patch) for module, patch in patches):
+        raise TypeError("graftq_seams returned something else than module names and functions")
+    return patches
+
+
 def kernel_providers() -> tuple[KernelProvider, ...]:
     """Every registered kernel provider; imports torch."""
-    register(KERNELS)
-    found: list[Any] = []
-    for label, answer in _call_each("graftq_kernels"):
+    with _listing:  # listed once, by one thread, as no two lists may differ
+        if not _listed:
+            register(KERNELS)
+            _listed.append(tuple(_checked()))
+        return _listed[0]
+
+
+def _checked() -> Iterator[KernelProvider]:
+    """The providers that plugins return, without those that would fail later."""
+    names: set[str] = set()
+    answers = _call_each("graftq_kernels")
+    for label, answer in sorted(answers, key=lambda one: not one[0].startswith(OWN)):  # a name is ours before others'
         try:
-            providers = list(answer)
-        except Exception as error:
+            found = list(answer)
+        except CONTAINED as error:
             failures.record(label, error)
             continue
-        for provider in providers:
-            if all(hasattr(provider, member) for member in PROVIDER_MEMBERS):
-                found.append(provider)
+        for number, provider in enumerate(found, 1):
+            try:
+                _check(provider, names)
+            except CONTAINED as error:
+                failures.record(f"graftq_kernels: kernel {number} of {label}", error)
             else:
-                failures.record(label, TypeError(f"graftq_kernels returned {provider!r}, not a kernel provider"))
-    return tuple(found)
+                names.add(provider.name)
+                yield provider
+
+
+def _check(provider: Any, names: Set[str]) -> None:
+    """Raise for what would fail later, when a layer looks for its kernel.
+
+    Raises:
+        TypeError: for what is no provider, or one with members of another kind.
+        ValueError: for a name that is empty, or another provider's.
+    """
+    missing = [member for member in ("name", "priority", *PROVIDER_CALLS) if not hasattr(provider, member)]
+    if missing:
+        raise TypeError(f"got {provider!r}, not a kernel provider: it has no {', '.join(missing)}")
+    name, priority = provider.name, provider.priority
+    if not isinstance(name, str):
+        raise TypeError(f"{provider!r} has the name {name!r}, not a text")
+    if not name:
+        raise ValueError(f"{provider!r} has an empty name")
+    if name in names:
+        raise ValueError(f"a second kernel called {name!r}: {provider!r}")
+    if not isinstance(priority, int):
+        raise TypeError(f"kernel {name!r} has the priority {priority!r}, not an integer")
+    experts = getattr(provider, "experts", None)
+    sides = [(provider, PROVIDER_CALLS)] + ([] if experts is None else [(experts, EXPERTS_CALLS)])
+    for side, calls in sides:
+        for member in calls:
+            found = getattr(side, member, None)
+            if not callable(found):
+                raise TypeError(f"kernel {name!r} has {found!r} for {member}, not a function")
 
 
 def find_kernel(request: Request[Any]) -> Selection:
@@ -161,17 +244,17 @@ def _report_slow(selection: Selection, device: str, what: str) -> None:
 
 
 def _call_each(hook: str, **arguments: object) -> list[tuple[str, Any]]:
-    """Call one hook plugin by plugin, so that an exception in one costs only that one."""
-    manager = plugin_manager()
+    """Call one hook plugin by plugin, so that an exception in one costs only that one; without answers of None."""
+    with _registering:
+        implementations = getattr(plugin_manager().hook, hook).get_hookimpls()
     answers = []
-    for label, plugin in manager.list_name_plugin():
-        if label in failures.recorded:  # pluggy keeps a plugin whose registration has failed
-            continue
-        others = [other for other in manager.get_plugins() if other is not plugin]
-        try:
-            results = manager.subset_hook_caller(hook, others)(**arguments)
-        except Exception as error:
-            failures.record(label, error)
-        else:
-            answers += [(label, result) for result in results]
+    for implementation in implementations:
+        label = implementation.plugin_name
+        if label not in failures.recorded:
+            try:
+                answer = implementation.function(*(arguments[name] for name in implementation.argnames))
+            except CONTAINED as error:
+                failures.record(label, error)
+            else:
+                answers += [(label, answer)] if answer is not None else []
     return answers

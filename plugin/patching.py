@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 
 class Replaced(NamedTuple):
-    """One replacement: the object that holds it, under which name, and how to put the original back."""
+    """One replacement: the object that holds it, under which name, how to put the original back, and what is there."""
 
     owner: Any
     name: str
     put_back: Callable[[], None]
+    current: Callable[[], Any] | None = None
 
 
 Undo = list[Replaced]
@@ -36,7 +37,8 @@ def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> None
     if _is_ours(original):
         return
     replacement = _mark(make(original))
-    _note(owner, name, lambda: setattr(owner, name, original))  # first, as Ctrl-C may come between the two
+    # First, as Ctrl-C may come between the two.
+    _note(owner, name, lambda: setattr(owner, name, original), lambda: vars(owner).get(name))
     setattr(owner, name, replacement)
 
 
@@ -46,7 +48,7 @@ def replace_item(mapping: MutableMapping[str, Any], key: str, make: Callable[[An
     if _is_ours(original):
         return
     replacement = _mark(make(original))
-    _note(mapping, key, lambda: mapping.__setitem__(key, original))
+    _note(mapping, key, lambda: mapping.__setitem__(key, original), lambda: mapping.get(key))
     mapping[key] = replacement
 
 
@@ -82,6 +84,12 @@ def all_or_none() -> Iterator[None]:
     _undo.extend(mine)
 
 
+def overwritten() -> list[str]:
+    """The places where something else stands by now than graftq has put there."""
+    gone = [known for known in _undo if known.current is not None and not _is_ours(known.current())]
+    return [f"{getattr(known.owner, '__name__', 'a registry')}: {known.name}" for known in gone]
+
+
 def undo_all() -> None:
     """Put every original back."""
     _put_back(_undo)
@@ -93,10 +101,10 @@ def _put_back(undo: Undo, down_to: int = 0) -> None:
         undo.pop().put_back()
 
 
-def _note(owner: Any, name: str, put_back: Callable[[], None]) -> None:
+def _note(owner: Any, name: str, put_back: Callable[[], None], current: Callable[[], Any] | None = None) -> None:
     # Where an original stands again, its owner has been reloaded, and the older original is obsolete.
     _undo[:] = [known for known in _undo if known.owner is not owner or known.name != name]
-    _open.get().append(Replaced(owner, name, put_back))
+    _open.get().append(Replaced(owner, name, put_back, current))
 
 
 def _mark(replacement: Any) -> Any:
@@ -107,4 +115,4 @@ def _mark(replacement: Any) -> Any:
 
 def _is_ours(value: Any) -> bool:
     # `vars`, not `getattr`: a subclass of our class is not ours
-    return "_graftq" in vars(getattr(value, "__func__", value))
+    return "_graftq" in getattr(getattr(value, "__func__", value), "__dict__", ())

@@ -65,6 +65,7 @@ def report() -> Iterator[str]:
     for dtype in ("float16", "float32"):
         yield from _kernels("4 bits, group 128, act-order, 4096 x 4096", TYPICAL, dtype)
         yield from _kernels("eight experts of such projections", _typical_experts(), dtype)
+    import_hooks.check()
     yield "Failures"
     for what, why in failures.recorded.items():
         yield f"  {what}: {why}"
