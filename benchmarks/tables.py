@@ -139,7 +139,7 @@ def parser_for(description: str | None, layers: Sequence[str], tokens: Sequence[
     """A command's parser, with the options on which cells are measured and where the rows go."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", nargs="+", choices=layers, default=layers, help="only these")
-    parser.add_argument("--tokens", nargs="+", choices=tokens, default=tokens, type=int, help="only these numbers")
+    parser.add_argument("--tokens", nargs="+", choices=tokens, default=tokens, type=int, help="only so many")
     parser.add_argument("--csv", help="write every row there")
     parser.add_argument("--plot", help="write a plot there")
     return parser

@@ -1,4 +1,4 @@
-"""Try other tiles than ``tiles`` and ``experts_tiles`` choose, where targets are missed; a person puts in the better.
+"""Try other tiles than the two ``tile_heuristics`` choose, where targets are missed; a person enters the better ones.
 
     python benchmarks/tune.py [--dense] [--experts] [--out tune.csv]     # neither: both
     TRITON_INTERPRET=1 python benchmarks/tune.py --check                 # tiny, anywhere: does it all run?

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from graftq.plugin.manager import plugin_manager
-from graftq.quant_linear.layouts import CheckpointLayout
+from graftq.quant_linear.layouts import CheckpointLayout, Packed
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import Accepted, Rejected
@@ -33,7 +33,7 @@ class DoubleProvider:
         """Whether this provider runs the layer, and if not, why: `graftq doctor` prints the reason."""
         if request.device == "mps":
             return Rejected("there is no float64 on mps", remedy="move the layer to the CPU")
-        return Accepted()
+        return Accepted(repacks=False)  # the layout below leaves the weights as they are stored
 
     def layout(self, spec):
         """The arrangement of the weights: here the checkpoint's own. Any other is packed once, while loading."""
@@ -41,7 +41,7 @@ class DoubleProvider:
 
     def linear(self, x, packed, spec):
         """`x @ W.T + bias`: x [..., in_features] to [..., out_features], in x's dtype."""
-        tensors = self.layout(spec).unpack(packed)
+        tensors = self.layout(spec).unpack(Packed(packed))
         out = x.double() @ dequantize(tensors, spec).double().T
         return (out if tensors.bias is None else out + tensors.bias[: spec.out_features]).to(x.dtype)
 
