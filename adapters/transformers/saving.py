@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
+from graftq.adapters.transformers.overwriting import replacing, write_json
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -162,7 +163,7 @@ def _own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def write_parameters(parameters: Mapping[str, Any], folder: str | Path) -> None:
     """Write ``quantize_config.json``."""
-    _write_json(Path(folder, QUANTIZE_CONFIG), parameters)
+    write_json(Path(folder, QUANTIZE_CONFIG), parameters)
 
 
 def save_quantized(model: Any, folder: str | Path, **arguments: Any) -> None:
@@ -180,28 +181,28 @@ def save_quantized(model: Any, folder: str | Path, **arguments: Any) -> None:
     """
     if arguments.get("push_to_hub") or arguments.get("variant"):
         raise ValueError("save_quantized() names the files itself, and uploads nothing")
-    folder = Path(folder)
-    model.save_pretrained(folder, **arguments)
     if not arguments.get("is_main_process", True):
+        model.save_pretrained(folder, **arguments)  # writes nothing
         return
+    with replacing(Path(folder)) as staged:
+        model.save_pretrained(staged, **arguments)
+        _rename_weights(staged)
+
+
+def _rename_weights(folder: Path) -> None:
+    """Give transformers' weight files AutoGPTQ's names, and say so in ``quantize_config.json``."""
     parameters = json.loads((folder / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
     stem = autogptq_stem(parameters["bits"], parameters.get("group_size", -1))
+    for path in folder.glob("model*.safetensors"):
+        path.replace(folder / _renamed(path.name, stem))
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(content["weight_map"].values()))
         content["weight_map"] = {name: _renamed(file, stem) for name, file in content["weight_map"].items()}
-        _write_json(folder / _renamed(index.name, stem), content)
+        write_json(folder / _renamed(index.name, stem), content)
         index.unlink()
-    for name in names:
-        (folder / name).replace(folder / _renamed(name, stem))
-    _write_json(folder / QUANTIZE_CONFIG, {**parameters, "model_file_base_name": stem})
+    write_json(folder / QUANTIZE_CONFIG, {**parameters, "model_file_base_name": stem})
 
 
 def _renamed(file: str, stem: str) -> str:
     return stem + file.removeprefix("model")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
