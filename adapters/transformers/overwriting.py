@@ -62,14 +62,14 @@ def _take_over(staged: Path, folder: Path) -> None:
     # Backwards: what would be loaded before the new goes last, and until then the old one loads.
     for name in reversed(entries):
         if name in present and name != entry:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
     for name in old_shards - (shards - interim.keys()):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     if interim and _link(folder, interim):
         _write_index(staged / entry, index, {})
         (staged / entry).replace(folder / entry)
         for name in interim.values():
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
 
 
 def _stems(folder: Path) -> tuple[str, ...]:
