@@ -16,10 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import shard_inputs, shard_outputs
-from graftq.quant_linear.spec import QuantSpec
+from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output", "colwise_rep")
 GATHERING = ("colwise_gather_output", "colwise_rep")
@@ -143,7 +141,7 @@ def _cut_inputs(layer: QuantLinear, split: bool, part: TensorSlice) -> QuantLine
     return cut
 
 
-def _layer(shard: tuple[GptqTensors, QuantSpec], like: QuantLinear) -> QuantLinear:
+def _layer(shard: Shard, like: QuantLinear) -> QuantLinear:
     tensors, spec = shard
     return QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
 
@@ -154,8 +152,8 @@ def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
         raise ValueError("its experts' outputs are normalized, which wants them whole")
     width = experts.spec.of("down_proj")[0].in_features
     start, stop = part.of(width)
-    up_bias: Any = experts.up_bias
-    down_bias: Any = None if part.rank else experts.down_bias
+    up_name, down_name = experts.bias_names
+    up_bias, down_bias = experts.up_bias, None if part.rank else experts.down_bias
     if up_bias is not None:
         if experts.spec.is_gated and experts.spec.is_concatenated:
             up_bias = torch.cat((up_bias[:, start:stop], up_bias[:, width + start : width + stop]), dim=1)
@@ -164,17 +162,22 @@ def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
             up_bias = up_bias[:, ratio * start : ratio * stop].contiguous()
     cut = QuantExperts(
         [_cut_expert(experts, number, start, stop, part.rank == 0) for number in range(experts.num_experts)],
-        experts._choose,
+        experts.choose,
         experts.activate,
         is_concatenated=experts.spec.is_concatenated,
-        up_bias=None if up_bias is None else (experts._bias_names[0] or "", nn.Parameter(up_bias)),
-        down_bias=None if down_bias is None else (experts._bias_names[1] or "", down_bias),
+        up_bias=_named(up_name, up_bias),
+        down_bias=_named(down_name, down_bias),
     )
     cut.register_forward_pre_hook(
         lambda _, args: (_Shared.apply(args[0], part.group), args[1], _Shared.apply(args[2], part.group))
     )
     cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
     return cut
+
+
+def _named(name: str | None, bias: torch.Tensor | None) -> tuple[str, nn.Parameter] | None:
+    """A bias as :class:`QuantExperts` takes it."""
+    return None if name is None or bias is None else (name, nn.Parameter(bias))
 
 
 def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_first: bool) -> QuantExpert:
