@@ -42,5 +42,5 @@ class _HeadByHead:
         (prefix,) = prefixes
         one = self.loader.read(weights, prefix)
         start, _ = share(prefix, one.spec.out_features, weights.process_group)
-        part = select_outputs(one.tensors, one.spec, start + self.order)
-        return PackedWeight(self.loader, [part], weights.device, weights.dtype, one.lost_bias)
+        shard = select_outputs(one.tensors, one.spec, start + self.order)
+        return PackedWeight(self.loader, [shard], weights.device, weights.dtype, one.lost_bias)

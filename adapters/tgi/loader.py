@@ -16,10 +16,9 @@ from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import join_outputs, shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import Shard, join_outputs, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
-Part = tuple[GptqTensors, QuantSpec]
 Range = tuple[int, int]
 
 
@@ -83,7 +82,7 @@ class PackedLoader:
             return super().get_multi_weights_col(weights, prefixes, dim)  # type: ignore[misc]
         if not any(self.is_packed(weights, prefix) for prefix in prefixes):
             return _plain().get_multi_weights_col(weights, prefixes, dim)
-        parts: list[Part | Any] = []
+        parts: list[Shard | Any] = []
         lost = None
         for prefix in prefixes:
             if not self.is_packed(weights, prefix):
@@ -104,7 +103,7 @@ class PackedLoader:
         lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the others leave the bias to the first
         return self._weight(weights, [self.rows(weights, prefix, one)], lost)
 
-    def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Part:
+    def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Shard:
         """This rank's share of the inputs, on the CPU."""
         start, stop = share(prefix, one.spec.in_features, weights.process_group)
         if stop - start == one.spec.in_features:
@@ -157,7 +156,7 @@ class PackedLoader:
         lost = f"{stored}.bias" if bias is not None and bias.any() else None
         return ServerProjection(GptqTensors(**values), spec, lost)
 
-    def _weight(self, weights: Any, parts: Sequence[Part | Any], lost_bias: str | None) -> PackedWeight:
+    def _weight(self, weights: Any, parts: Sequence[Shard | Any], lost_bias: str | None) -> PackedWeight:
         return PackedWeight(self, parts, weights.device, weights.dtype, lost_bias)
 
     def refuse_lost_bias(self, name: str | None) -> None:
@@ -167,15 +166,13 @@ class PackedLoader:
             reason = "non-zero bias, but the model's layer has none"
             raise CheckpointError(reason, file=self.checkpoint.index.tensors[name].file, module=name)
 
-    def make_linear(self, part: Part, device: torch.device, dtype: torch.dtype) -> QuantLinear:
+    def make_linear(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> QuantLinear:
         """A layer on ``device``, ready to run: repacked for its kernel, which has compiled and has its workspace."""
-        tensors, spec = part
-        moved = {name: tensor.to(device) for name, tensor in vars(tensors).items() if tensor is not None}
-        layer = QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, dtype)
+        layer = unbound_linear(shard, device, dtype)
         layer.bind(device.type, dtype)
-        if device.type != "cpu" and (spec, dtype) not in self._ready:
-            self._ready.add((spec, dtype))
-            layer(torch.zeros(1, spec.in_features, device=device, dtype=dtype))
+        if device.type != "cpu" and (layer.spec, dtype) not in self._ready:
+            self._ready.add((layer.spec, dtype))
+            layer(torch.zeros(1, layer.in_features, device=device, dtype=dtype))
         return layer
 
 
@@ -184,7 +181,7 @@ class PackedWeight:
     """What the loader gives the server's layers: projections side by side, packed, or plain as the server has them."""
 
     loader: PackedLoader
-    parts: Sequence[Part | Any]
+    parts: Sequence[Shard | Any]
     device: torch.device
     dtype: torch.dtype
     lost_bias: str | None
@@ -197,7 +194,7 @@ class PackedWeight:
         """
         if bias is None:
             self.loader.refuse_lost_bias(self.lost_bias)
-        parts: list[Part | Any] = []
+        parts: list[Shard | Any] = []
         for is_packed, group in groupby(self.parts, lambda part: isinstance(part, tuple)):
             run = list(group)
             parts += join_outputs(run) if is_packed else run
@@ -236,7 +233,7 @@ def share(name: str, size: int, process_group: Any) -> Range:
     return process_group.rank() * size // ranks, (process_group.rank() + 1) * size // ranks
 
 
-def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Part]:
+def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Shard]:
     """The given outputs of a projection, which is not copied where they are all of it."""
     edges = [edge for start_stop in ranges for edge in start_stop]
     if edges[0] == 0 and edges[-1] == one.spec.out_features and edges[1:-1:2] == edges[2:-1:2]:
@@ -244,10 +241,17 @@ def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Part]:
     return [shard_outputs(one.tensors, one.spec, start, stop) for start, stop in ranges]
 
 
-def _with_bias(part: Part, bias: torch.Tensor | None) -> Part:
-    tensors, spec = part
+def unbound_linear(shard: Shard, device: torch.device, dtype: torch.dtype) -> QuantLinear:
+    """A layer on ``device`` with the tensors as stored, for which no kernel has been chosen."""
+    tensors, spec = shard
+    moved = {name: tensor.to(device) for name, tensor in vars(tensors).items() if tensor is not None}
+    return QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, dtype)
+
+
+def _with_bias(shard: Shard, bias: torch.Tensor | None) -> Shard:
+    tensors, spec = shard
     if bias is None:
-        return part
+        return shard
     return replace(tensors, bias=bias.contiguous()), replace(spec, stored_bias=bias.shape[0])
 
 

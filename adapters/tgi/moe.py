@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from graftq.adapters.tgi.loader import Part, columns, share
+from graftq.adapters.tgi.loader import columns, share, unbound_linear
 from graftq.adapters.tgi.routing import choose_experts
-from graftq.plugin.manager import choose_experts_kernel, choose_kernel
+from graftq.plugin.manager import choose_experts_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import Shard
 
 
 class PackedMoE(nn.Module):
@@ -81,14 +81,12 @@ def _projection(weights: Any, prefix: str, role: str) -> QuantLinear:
     loader = weights.loader
     one = loader.read(weights, prefix)
     loader.refuse_lost_bias(one.lost_bias)
-    part: Part
+    shard: Shard
     if role == "down_proj":
-        part = loader.rows(weights, prefix, one)
+        shard = loader.rows(weights, prefix, one)
     else:
-        (part,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
-    tensors, spec = part
-    moved = {name: tensor.to(weights.device) for name, tensor in vars(tensors).items() if tensor is not None}
-    return QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, weights.dtype)
+        (shard,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
+    return unbound_linear(shard, weights.device, weights.dtype)
 
 
 def _silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.config = config
         self.names = names
-        self.arriving: dict[tuple[int, str], ProjectionLoader] = {}
+        self.loaders: dict[tuple[int, str], ProjectionLoader] = {}
         self.hidden = self.intermediate = 0
         self.dtype = torch.get_default_dtype()
         self.device = torch.get_default_device()
@@ -88,12 +88,12 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         if shard_id not in NAMES:  # GPT-OSS's own, for experts that are fused in the files
             reason = f"graftq does not know vLLM's shard {shard_id!r}"
             raise self.config.stored.explain(CheckpointError(reason, module=f"{layer.layer_name}.{expert_id}"))
-        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        local = _local(layer, expert_id)
         if local >= 0:
-            if (local, shard_id) not in self.arriving:
-                self.arriving[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
+            if (local, shard_id) not in self.loaders:
+                self.loaders[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
             try:
-                self.arriving[local, shard_id].put(suffix, loaded_weight)
+                self.loaders[local, shard_id].put(suffix, loaded_weight)
             except CheckpointError as error:
                 raise self.config.stored.explain(error) from error
         return local >= 0 if return_success else None
@@ -132,7 +132,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
             ]
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
-        self.arriving = {}
+        self.loaders = {}
         packed = QuantExperts(experts, choose_experts_kernel, self.activate)
         packed.bind(self.device.type, self.dtype)
         for name in _parameters():
@@ -142,12 +142,12 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         self.config.remember(f"{layer.layer_name}: {packed}")
 
     def _linear(self, layer: Any, local: int, shard: str) -> QuantLinear:
-        found = self.arriving.get((local, shard))
+        found = self.loaders.get((local, shard))
         if found is None:
             ours = (e for e in range(layer.global_num_experts) if _local(layer, e) == local)
             module = self._name(layer, next(ours, local), shard)
             raise CheckpointError("no tensor in the checkpoint for this projection", module=module)
-        ((tensors, spec),) = found.parts()
+        ((tensors, spec),) = found.shards()
         return QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -166,15 +166,15 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         """``x`` [tokens, hidden], weights and ids [tokens, top_k]; this rank's part of the sum, [tokens, hidden]."""
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        if layer.expert_map is not None:  # other ranks' experts are -1 to vLLM, and beyond the last one to us
-            local = layer.expert_map[topk_ids.long()]
-            topk_ids = torch.where(local < 0, layer.local_num_experts, local)
+        if layer.expert_map is not None:  # other ranks' experts become -1, and add nothing
+            topk_ids = layer.expert_map[topk_ids.long()]
         if torch.compiler.is_compiling():  # where vLLM's own operator around all this does not hide it (CPU)
             return torch.ops.graftq.vllm_experts(x, topk_ids, topk_weights, layer.layer_name)
         return layer.graftq(x, topk_ids, topk_weights)
 
 
 def _local(layer: Any, expert: int) -> int:
+    """An expert's number on this rank; negative if it is another's."""
     return layer._map_global_expert_id_to_local_expert_id(expert)
 
 

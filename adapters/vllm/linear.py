@@ -56,7 +56,7 @@ class GraftqLinearMethod(LinearMethodBase):
         self.config = config
         self.prefix = prefix
         self.names = names
-        self.arriving: dict[tuple[int, ...], ProjectionLoader] = {}
+        self.loaders: dict[tuple[int, ...], ProjectionLoader] = {}
         self.partitions: list[Partition] = []
         self.cut_inputs: Cut | None = None
         self.in_features = 0
@@ -102,10 +102,10 @@ class GraftqLinearMethod(LinearMethodBase):
             CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
         """
         covered = self._covered(loaded_shard_id)
-        if covered not in self.arriving:
-            self.arriving[covered] = self._expect(covered)
+        if covered not in self.loaders:
+            self.loaders[covered] = self._expect(covered)
         try:
-            self.arriving[covered].put(suffix, loaded_weight)
+            self.loaders[covered].put(suffix, loaded_weight)
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
 
@@ -143,12 +143,12 @@ class GraftqLinearMethod(LinearMethodBase):
         if hasattr(layer, "graftq"):
             return
         try:
-            parts = join_outputs([part for covered in self._all() for part in covered.parts()])
+            shards = join_outputs([shard for loader in self._all() for shard in loader.shards()])
             self._check_biases(layer)
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
-        self.arriving = {}
-        layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in parts]
+        self.loaders = {}
+        layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in shards]
         for packed in layers:
             packed.bind(self.device.type, self.dtype)
         for suffix in TENSORS[1:]:  # LoRA asks `qweight` for the device
@@ -158,21 +158,21 @@ class GraftqLinearMethod(LinearMethodBase):
 
     def _all(self) -> list[ProjectionLoader]:
         """The projections in the order of their outputs; each of the layer's must be there, once."""
-        found = sorted(self.arriving)
+        found = sorted(self.loaders)
         covered = [index for indices in found for index in indices]
         for index in range(len(self.partitions)):
             if covered.count(index) != 1:
                 number = "two tensors" if index in covered else "no tensor in the checkpoint"
                 raise CheckpointError(f"{number} for this projection", module=self._name((index,)))
-        return [self.arriving[indices] for indices in found]
+        return [self.loaders[indices] for indices in found]
 
     def _check_biases(self, layer: Any) -> None:
         if getattr(layer, "bias", None) is not None:
             return
-        for arriving in self.arriving.values():
-            bias = self.config.stored.idle_bias(arriving.module)
+        for loader in self.loaders.values():
+            bias = self.config.stored.idle_bias(loader.module)
             if bias is not None:
-                arriving.refuse_bias(bias)
+                loader.refuse_bias(bias)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., K] in the layer's dtype; [..., N], zeros where the vocabulary is padded."""
