@@ -21,7 +21,6 @@ from tables import write_csv
 from torch.nn import functional
 
 from graftq.quant_linear.activations import Activation
-from graftq.quant_linear.cpu.experts import CpuExperts
 from graftq.quant_linear.cpu.provider import CpuProvider
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -159,7 +158,7 @@ def gptqmodel_layers(spec: QuantSpec, tensors: GptqTensors) -> list[Callable[[to
 
 def experts_module(count: int, hidden: int, inner: int, bits: int, group: int, act_order: bool) -> QuantExperts:
     """All experts have the same values, in memory of their own."""
-    provider = CpuExperts()
+    provider = CpuProvider()
     shapes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     made = {name: random_tensors(*shape, bits, group, act_order) for name, shape in shapes.items()}
     (spec, gate), (_, up) = made["gate_proj"], made["up_proj"]

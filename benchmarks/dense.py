@@ -79,7 +79,7 @@ def measure(
 def small_layer(act_order: bool = False) -> CallFor:
     """Of 4096 x 4096, to be called eagerly."""
     spec, provider = spec_of(4096, 4096, Weights(act_order=act_order)), TritonProvider()
-    provider.layout(spec)
+    provider.prepare()
     packed = random_packed(spec)
     return lambda m: partial(provider.linear, torch.randn(m, 4096, device="cuda").half(), packed, spec)
 
@@ -96,7 +96,7 @@ def main() -> None:
         for weights, tokens in TOKENS_OF.items():
             rows += measure(layer, weights, [m for m in tokens if m in options.tokens], bandwidth, fp16)
 
-    peers = {key: times for key, times in recorded("recorded_h100.csv").items() if key[1] != "torch"}
+    peers = {key: times for key, times in recorded("linear_peers_h100.csv").items() if key[1] != "torch"}
     others = {
         f"{name} (rec.)": lambda row, name=name: peers.get((row.layer, name, row.weights), {}).get(row.m, "")
         for name in ("marlin", "machete")

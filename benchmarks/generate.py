@@ -13,7 +13,6 @@ the bandwidth measured in the same run, over the time it took.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from harness import synchronize, timed
-from tables import write_csv
+from tables import results, write_csv
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
@@ -259,16 +258,20 @@ def _line(row: Row) -> str:
 def _plot(rows: list[Row], path: str) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for mode in dict.fromkeys(row.mode for row in rows):
-        mine = [row for row in rows if row.mode == mode]
-        axis.loglog([row.batch for row in mine], [row.tokens_per_second for row in mine], "o-", label=mode)
-    for name, figures in json.loads(Path(__file__).with_name("recorded_engine.json").read_text()).items():
-        axis.loglog([int(batch) for batch in figures], list(figures.values()), ":", label=f"{name} (recorded)")
-    axis.set(xlabel="batch", ylabel="tokens/s")
-    axis.legend(loc="upper left", fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        curves.setdefault(f"graftq, {row.mode}", {})[row.batch] = row.tokens_per_second
+    for peer in results("engine_h100.csv"):
+        if peer["weights"] != "graftq" and peer["gpus"] == "1":
+            order = "act-order" if peer["act_order"] == "yes" else "no act-order"
+            times = curves.setdefault(f"{peer['engine']}, {order} (recorded)", {})
+            times[int(peer["sequences"])] = float(peer["tokens_per_second"])
+    figure, axis = plt.subplots(figsize=(9, 5))
+    for name, times in curves.items():
+        axis.loglog(list(times), list(times.values()), "o-" if name.startswith("graftq") else "s:", label=name)
+    axis.set(xlabel="sequences at once", ylabel="tokens per second, all sequences together")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from random_weights import DEVICE, Weights, random_tensors, spec_of
 from tables import Row, parser_for, publish, recorded
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.gpu.experts.provider import TritonExperts
+from graftq.quant_linear.gpu.provider import TritonProvider
 from graftq.quant_linear.gpu.split_counters import forget_graphs
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.reference import TorchProvider
-from graftq.quant_linear.selection import Selection
+from graftq.quant_linear.selection import Request, Selection
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
@@ -85,9 +85,15 @@ def random_experts(layer: Layer, weights: Weights) -> QuantExperts:
                 }
             )
         )
-    module = QuantExperts(experts, lambda request: Selection(TritonExperts(), {}), silu_and_multiply)
+    module = QuantExperts(experts, _choose_triton, silu_and_multiply)
     module.bind(DEVICE, torch.float16)
     return module
+
+
+def _choose_triton(request: Request) -> Selection:
+    provider = TritonProvider()
+    provider.prepare()
+    return Selection(provider, {})
 
 
 def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
@@ -206,7 +212,7 @@ def main() -> None:
                     rows += measure(layer, weights, [m for m in tokens if m in options.tokens], bandwidth, bf16)
 
     marlin = "fused_marlin_moe"
-    peers = {key: times for key, times in recorded("recorded_moe_h100.csv").items() if key[1] == marlin}
+    peers = {key: times for key, times in recorded("experts_peers_h100.csv").items() if key[1] == marlin}
 
     def recorded_with(row: Row, weights: str) -> object:
         return peers.get((row.layer, marlin, weights), {}).get(row.m, "")

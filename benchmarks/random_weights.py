@@ -34,7 +34,7 @@ def spec_of(k: int, n: int, weights: Weights) -> QuantSpec:
 
 
 def random_tensors(spec: QuantSpec, g_idx: torch.Tensor | None) -> GptqTensors:
-    """Any bits are valid codes; centerd, so that routing and sums behave."""
+    """Any bits are valid codes; centered, so that routing and sums behave."""
     zero = 2 ** (spec.bits - 1) - 1
     stream = sum(zero << shift for shift in range(0, 32 * spec.bits, spec.bits))
     words = [(stream >> (32 * word) & 0xFFFFFFFF) for word in range(spec.bits)]

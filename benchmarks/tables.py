@@ -29,11 +29,16 @@ class Row:
     plain_us: float
 
 
+def results(name: str) -> list[dict[str, str]]:
+    """The rows of a file in ``results/``; its lines that begin with # say where they come from."""
+    lines = (Path(__file__).parent / "results" / name).read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 def recorded(name: str) -> Recorded:
-    """A file of recorded figures beside this one; its lines that begin with # say where they come from."""
-    lines = Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()
+    """Other kernels' times out of a file in ``results/``."""
     found: dict[tuple[str, str, str], dict[int, float]] = {}
-    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+    for row in results(name):
         place = found.setdefault((row["layer"], row["implementation"], row["weights"]), {})
         place[int(row["m"])] = float(row["us"])
     return found
@@ -61,25 +66,49 @@ def table(rows: Sequence[Row], plain: str, others: Mapping[str, Callable[[Any], 
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def time_panel(axis: Any, title: str, curves: Mapping[str, Mapping[int, float]]) -> None:
+    """Time per call over tokens on one pair of axes: microseconds by tokens for each name, ours first."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
+
+    styles = ("ko-", "C0s--", "C1^:", "C2v-.", "C3D:")
+    for (name, times), style in zip(curves.items(), styles, strict=False):
+        axis.loglog(list(times), list(times.values()), style, label=name, markersize=4)
+    axis.set(title=title, xlabel="tokens at once", ylabel="time per call, microseconds")
+    axis.set_xticks([1, 4, 16, 64, 256, 1024, 4096])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(ScalarFormatter())
+    axis.grid(alpha=0.3)
+
+
+def save_with_legend(figure: Any, axis: Any, path: str) -> None:
+    """Write ``figure``, of constrained layout, with the names of the curves of ``axis`` below all panels."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def plot(rows: Sequence[Row], weights: str, plain: str, peers: Recorded, path: str) -> None:
     """Time over tokens, a panel a layer: ours with ``weights``, unquantized, the peers' with act-order and without."""
     import matplotlib.pyplot as plt
 
     kinds = {weights, weights.removesuffix(" act-order")}
     layers = list(dict.fromkeys(row.layer for row in rows))
-    figure, axes = plt.subplots(1, len(layers), figsize=(4.5 * len(layers), 4), squeeze=False)
+    size = (max(11.0, 4.2 * len(layers)), 4.2)
+    figure, axes = plt.subplots(1, len(layers), figsize=size, squeeze=False, layout="constrained")
     for axis, layer in zip(axes[0], layers, strict=True):
         mine = [row for row in rows if (row.layer, row.weights) == (layer, weights)]
-        axis.loglog([row.m for row in mine], [row.us for row in mine], "o-", label=f"graftq, {weights}")
-        axis.loglog([row.m for row in mine], [row.plain_us for row in mine], "k--", label=plain)
+        curves: dict[str, Mapping[int, float]] = {
+            f"graftq, {weights}": {row.m: row.us for row in mine},
+            plain: {row.m: row.plain_us for row in mine},
+        }
         for (where, implementation, kind), times in peers.items():
             if where == layer and kind in kinds:
-                axis.loglog(list(times), list(times.values()), ":", label=f"{implementation}, {kind} (recorded)")
-        axis.set(title=layer, xlabel="tokens")
-    axes[0][0].set_ylabel("us per call")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+                curves[f"{implementation}, {kind} (recorded)"] = times
+        time_panel(axis, layer, curves)
+    save_with_legend(figure, axes[0][0], path)
 
 
 def write_csv(rows: Sequence[Any], path: str) -> None:

@@ -1,27 +1,16 @@
-"""The entry point that ``import torch`` calls. It never raises, and does next to nothing.
+"""What ``import torch`` comes to: it puts the import hook in place, and leaves the rest until a framework is imported.
 
-torch loads every entry point of the group ``torch.backends`` while it is being imported, and lets an
-exception in any of them fail the import. Hence: standard library only, everything caught, and the
-real work left to the moment a framework is imported.
+Called through the entry point in ``plugin/autoload``, which lets no exception out.
 """
 
 from __future__ import annotations
 
-import logging
+from graftq.plugin import switches
 
 
 def autoload() -> None:
-    """Put the import hook in place; called by ``import torch``, any number of times."""
-    try:
-        from graftq.plugin import switches
+    """Put the import hook in place, unless the user has switched graftq off; called any number of times."""
+    if not switches.disabled():
+        from graftq.plugin import import_hooks
 
-        if not switches.disabled():
-            from graftq.plugin import import_hooks
-
-            import_hooks.install()
-    except Exception as error:
-        logging.getLogger("graftq").warning(
-            "graftq could not start: %s: %s. Nothing is taken over; GRAFTQ_DISABLE=1 silences this.",
-            type(error).__name__,
-            error,
-        )
+        import_hooks.install()

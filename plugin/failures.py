@@ -8,6 +8,9 @@ from graftq.plugin.switches import DISABLE
 
 logger = logging.getLogger("graftq")
 
+CONTAINED = (Exception, SystemExit)
+"""What is caught from the code of others. Ctrl-C goes through."""
+
 recorded: dict[str, str] = {}
 """What failed, to why; in the order of events."""
 

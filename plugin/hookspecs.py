@@ -6,7 +6,7 @@ A plugin is a module named in one of two entry point groups:
     The entry's name is the top-level module whose import calls for the adapter. The module
     implements :func:`graftq_seams` and is imported only when that framework is.
 ``graftq.kernels``
-    The module implements :func:`graftq_kernels`, :func:`graftq_experts_kernels`, or both.
+    The module implements :func:`graftq_kernels`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-    from graftq.quant_linear.selection import ExpertsProvider, KernelProvider
+    from graftq.quant_linear.selection import KernelProvider
 
 hookspec = pluggy.HookspecMarker("graftq")
 hookimpl = pluggy.HookimplMarker("graftq")
@@ -44,8 +44,3 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
 @hookspec
 def graftq_kernels() -> Iterable[KernelProvider]:  # type: ignore[empty-body]
     """Return kernel providers (:class:`graftq.quant_linear.selection.KernelProvider`)."""
-
-
-@hookspec
-def graftq_experts_kernels() -> Iterable[ExpertsProvider]:  # type: ignore[empty-body]
-    """Return kernels for all experts of a layer (:class:`graftq.quant_linear.selection.ExpertsProvider`)."""

@@ -11,11 +11,16 @@ import importlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from graftq.plugin import failures, patching, switches
+from graftq.plugin.failures import CONTAINED
+from graftq.plugin.loaders import PatchingLoader, attributes, is_lazy
 
 logger = logging.getLogger("graftq")
 
@@ -26,20 +31,28 @@ _UNINTERESTING = frozenset(sys.stdlib_module_names) | {"torch", "graftq", "plugg
 
 
 class Finder:
-    """A finder that finds nothing itself: it asks the others, and attaches patches to what they find.
+    """A finder that finds nothing itself: it asks the others, and has patches run on the modules that they find.
+
+    The patches of a module stay, because it can be imported again (after it was taken out of ``sys.modules``) or
+    reloaded, and then needs them again.
 
     Attributes:
         roots: Top-level modules that some adapter waits for; None until the entry points were listed.
-        waiting: Patches by module name, for modules not yet (fully) imported.
-        taken: Modules patched so far, by root.
+        patches: By module name, whether or not that is imported.
+        taken: Names of the modules patched so far, by root.
     """
 
     def __init__(self) -> None:
         self.roots: set[str] | None = None
-        self.waiting: dict[str, list[Patch]] = {}
+        self.patches: dict[str, list[Patch]] = {}
         self.taken: dict[str, list[str]] = {}
+        self._patched: dict[str, Callable[[], object]] = {}  # weak references, so that a purged module can go
+        self._failed: set[str] = set()
+        self._claimed: set[str] = set()
+        self._opened: set[str] = set()
         self._announced: set[str] = set()
         self._busy = threading.local()
+        self._lock = threading.Lock()  # held over nothing that can import, since imports have locks of their own
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -51,8 +64,8 @@ class Finder:
         try:
             self._meet(name.partition(".")[0])
             self._catch_up()
-            return self._attach(name, path, target) if name in self.waiting else None
-        except Exception as error:
+            return self._attach(name, path, target) if name in self.patches else None
+        except CONTAINED as error:
             failures.record(f"the import hook at {name}", error)
             return None
         finally:
@@ -64,66 +77,123 @@ class Finder:
         if self.roots is None:
             from importlib.metadata import entry_points
 
-            self.roots = {entry.name for entry in entry_points(group="graftq.adapters")}
-            for already in self.roots & sys.modules.keys():
+            roots = {entry.name for entry in entry_points(group="graftq.adapters")}
+            for already in roots & sys.modules.keys():
                 self.open(already)
+            self.roots = roots
         if root in self.roots:
             self.open(root)
 
     def open(self, root: str) -> None:
         """Ask the adapters of ``root`` for their seams, once, and patch what is already imported."""
-        if root in self.taken:
+        if root in self._opened:
             return
-        self.taken[root] = []
         from graftq.plugin import manager
 
-        self.waiting.update(manager.seams(root))
+        before, self._busy.here = getattr(self._busy, "here", False), True  # adapters are no framework's modules
+        try:
+            seams = manager.seams(root)
+        finally:
+            self._busy.here = before
+        with self._lock:
+            if root not in self._opened:  # another thread may have been faster
+                self._opened.add(root)
+                for name, patches in seams.items():
+                    self.patches.setdefault(name, []).extend(patches)
+                    self._patched.pop(name, None)
         self._catch_up()
 
+    def in_place(self, name: str) -> bool:
+        """Whether the module that ``name`` stands for now has been patched, by every patch of graftq's own."""
+        return name in sys.modules and self._is_patched(name, sys.modules[name]) and name not in self._failed
+
     def _catch_up(self) -> None:
-        """Patch modules that were already being imported when the hook came."""
-        for name in list(self.waiting):
-            module = sys.modules.get(name)
-            if module is not None and not getattr(module.__spec__, "_initializing", False):
-                self._run(module)
+        """Patch modules that were imported without this finder, or were being imported when it came."""
+        while any(self._patch_late(name) for name in tuple(self.patches)):
+            pass  # these patches may have imported others
+
+    def _patch_late(self, name: str) -> bool:
+        module = sys.modules.get(name)
+        if module is None or name in self._claimed or self._is_patched(name, module):
+            return False
+        spec = attributes(module).get("__spec__")
+        if getattr(spec, "_initializing", False) or isinstance(getattr(spec, "loader", None), PatchingLoader):
+            return False
+        if is_lazy(module):
+            self._wrap(name, spec)
+            return False
+        with self._claim(name) as free:
+            if free:
+                self._run(name, module)
+        return free
+
+    def _is_patched(self, name: str, module: object) -> bool:
+        patched = self._patched.get(name)
+        return patched is not None and patched() is module
+
+    @contextmanager
+    def _claim(self, name: str) -> Iterator[bool]:
+        """Whether nothing else, up the stack or in another thread, is about to patch this module."""
+        with self._lock:
+            free = name not in self._claimed
+            self._claimed.add(name)
+        try:
+            yield free
+        finally:
+            if free:
+                self._claimed.discard(name)
 
     def _attach(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        for finder in sys.meta_path:
+        for finder in tuple(sys.meta_path):
             find = getattr(finder, "find_spec", None)
             spec = None if finder is self or find is None else find(name, path, target)
             if spec is not None:
-                break
+                self._wrap(name, spec)
+                return spec
+        return None
+
+    def _wrap(self, name: str, spec: ModuleSpec) -> None:
+        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, PatchingLoader):
+            loader: Any = PatchingLoader(spec.loader, lambda module, stock: self._execute(name, module, stock))
+            spec.loader = loader
+
+    def _execute(self, name: str, module: ModuleType, loader: Any) -> None:
+        """Execute a module by its own loader, for the first time or again, and patch it."""
+        with self._claim(name):
+            self._patched.pop(name, None)
+            lazy_before = is_lazy(module)  # then it is loaded now; some versions of Python change its class later
+            loader.exec_module(module)
+            if is_lazy(module) and not lazy_before:
+                self._wrap(name, attributes(module)["__spec__"])
+            else:
+                self._run(name, module)
+
+    def _run(self, name: str, module: ModuleType) -> None:
+        patches = self.patches.get(name, [])
+        failed = [patch for patch in patches if not self._patch(name, module, patch)]
+        ours_failed = any(_origin(patch).startswith("graftq.") for patch in failed)
+        if ours_failed or len(failed) == len(patches):
+            self._failed.add(name)
         else:
-            return None
-        loader = spec.loader
-        if loader is not None and hasattr(loader, "exec_module"):
-            execute = loader.exec_module
-
-            # On the instance, so that the loader keeps its type for inspect, importlib.resources and others.
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                if module.__name__ == name:
-                    self._run(module)
-
-            loader.exec_module = exec_module
-        return spec
-
-    def _run(self, module: ModuleType) -> None:
-        name = module.__name__
-        done = [self._patch(module, patch) for patch in self.waiting.pop(name, ())]
-        if any(done):
+            self._failed.discard(name)
+        try:
+            self._patched[name] = weakref.ref(module)
+        except TypeError:  # a program may put any object into sys.modules
+            self._patched[name] = lambda: module
+        if len(failed) < len(patches):
             root = name.partition(".")[0]
-            self.taken.setdefault(root, []).append(name)
-            if not any(other.partition(".")[0] == root for other in self.waiting):
+            taken = self.taken.setdefault(root, [])
+            if name not in taken:
+                taken.append(name)
+            if all(other in self._patched for other in self.patches if other.partition(".")[0] == root):
                 self.announce(root)
 
-    def _patch(self, module: ModuleType, patch: Patch) -> bool:
+    def _patch(self, name: str, module: ModuleType, patch: Patch) -> bool:
         try:
             with patching.all_or_none():
                 patch(module)
-        except Exception as error:
-            by = getattr(patch, "__module__", "an adapter")
-            failures.record(f"taking over {module.__name__} by {by}", error)
+        except CONTAINED as error:
+            failures.record(f"taking over {name} by {_origin(patch)}", error)
             return False
         return True
 
@@ -142,6 +212,10 @@ class Finder:
         logger.info(
             "graftq took over GPTQ loading in %s %s (%s); %s=1 switches it off", root, found, places, switches.DISABLE
         )
+
+
+def _origin(patch: Patch) -> str:
+    return str(getattr(patch, "__module__", None) or "an adapter")
 
 
 def finder() -> Finder | None:
@@ -171,9 +245,8 @@ def require(*modules: str) -> None:
     found = install()
     for name in modules:
         importlib.import_module(name)
-        root = name.partition(".")[0]
-        found.open(root)
-        if name not in found.taken[root]:
+        found.open(name.partition(".")[0])
+        if not found.in_place(name):
             why = "; ".join(f"{what}: {reason}" for what, reason in failures.recorded.items())
             raise RuntimeError(f"graftq could not take over {name} ({why or 'no adapter knows it'})")
 
@@ -183,4 +256,5 @@ def uninstall() -> None:
     found = finder()
     if found is not None:
         sys.meta_path.remove(found)
+        found.patches.clear()  # for modules that were found, and not yet executed
     patching.undo_all()

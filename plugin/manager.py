@@ -15,14 +15,7 @@ import pluggy
 from graftq.plugin import failures, hookspecs, switches
 
 if TYPE_CHECKING:
-    from graftq.quant_linear.selection import (
-        ExpertsProvider,
-        ExpertsRequest,
-        KernelProvider,
-        P,
-        Request,
-        Selection,
-    )
+    from graftq.quant_linear.selection import KernelProvider, Rejected, Request, Selection
 
 ADAPTERS = "graftq.adapters"
 KERNELS = "graftq.kernels"
@@ -31,7 +24,14 @@ logger = logging.getLogger("graftq")
 _reported: set[str] = set()
 """Slow fallbacks that have been reported, with device and reasons."""
 
-PROVIDER_MEMBERS = ("name", "priority", "judge", "layout")
+_prepared: set[str] = set()
+"""Providers that are ready to run, by name."""
+
+_unusable: dict[str, Rejected] = {}
+"""Providers whose preparation has failed, by name."""
+
+REFERENCE = "torch"
+PROVIDER_MEMBERS = ("name", "priority", "judge", "layout", "linear")
 
 
 @lru_cache(maxsize=1)
@@ -72,80 +72,80 @@ def seams(root: str) -> dict[str, list[Callable[[ModuleType], None]]]:
 @lru_cache(maxsize=1)
 def kernel_providers() -> tuple[KernelProvider, ...]:
     """Every registered kernel provider; imports torch."""
-    return tuple(_providers("graftq_kernels", "linear"))
-
-
-@lru_cache(maxsize=1)
-def experts_providers() -> tuple[ExpertsProvider, ...]:
-    """Every registered provider of kernels for experts; imports torch."""
-    return tuple(_providers("graftq_experts_kernels", "experts"))
-
-
-def _providers(hook: str, does: str) -> list[Any]:
     register(KERNELS)
     found: list[Any] = []
-    for label, answer in _call_each(hook):
+    for label, answer in _call_each("graftq_kernels"):
         try:
             providers = list(answer)
         except Exception as error:
             failures.record(label, error)
             continue
         for provider in providers:
-            if all(hasattr(provider, member) for member in (*PROVIDER_MEMBERS, does)):
+            if all(hasattr(provider, member) for member in PROVIDER_MEMBERS):
                 found.append(provider)
             else:
-                failures.record(label, TypeError(f"{hook} returned {provider!r}, not a kernel provider"))
-    return found
+                failures.record(label, TypeError(f"graftq_kernels returned {provider!r}, not a kernel provider"))
+    return tuple(found)
 
 
-def find_kernel(request: Request) -> Selection[KernelProvider]:
-    """Select among all providers, obeying ``GRAFTQ_KERNEL``.
+def find_kernel(request: Request[Any]) -> Selection:
+    """Select among all providers, obeying ``GRAFTQ_KERNEL``; without side effects.
+
+    A kernel forced there that has none for a layer's experts still runs their projections, one by one.
 
     Raises:
         graftq.quant_linear.selection.NoKernelError: with every provider's reason.
     """
-    from graftq.quant_linear.selection import select
-
-    return select(request, kernel_providers(), _forced())
-
-
-def choose_kernel(request: Request) -> Selection[KernelProvider]:
-    """:func:`find_kernel` for a layer that is going to run: a slow fallback is reported."""
-    selection = find_kernel(request)
-    if selection.provider.priority == 0 and _forced() is None:
-        _report_slow(
-            selection, request.device, "layers on %s run on the slow reference, which unpacks the weights at every call"
-        )
-    return selection
-
-
-def find_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
-    """Select among all providers of kernels for experts, obeying ``GRAFTQ_KERNEL``.
-
-    A kernel forced there that has no form for these experts still runs their projections, one by one.
-    """
+    from graftq.quant_linear.experts_spec import ExpertsSpec
     from graftq.quant_linear.selection import Accepted, select
 
-    free, forced = select(request, experts_providers()), _forced()
-    if forced is None:
-        return free
-    usable = isinstance(free.verdicts.get(forced), Accepted)
-    return select(request, experts_providers(), forced if usable else "torch")
+    forced = _forced()
+    if forced is not None and isinstance(request.spec, ExpertsSpec):
+        verdicts = select(request, kernel_providers(), unusable=_unusable).verdicts
+        forced = forced if isinstance(verdicts.get(forced), Accepted) else REFERENCE
+    return select(request, kernel_providers(), forced, _unusable)
 
 
-def choose_experts_kernel(request: ExpertsRequest) -> Selection[ExpertsProvider]:
-    """:func:`find_experts_kernel` for a layer that is going to run: a slow fallback is reported."""
-    selection = find_experts_kernel(request)
-    if selection.provider.priority == 0 and _forced() != "torch":
-        _report_slow(selection, request.device, "experts on %s run one by one")
+def choose_kernel(request: Request[Any]) -> Selection:
+    """:func:`find_kernel` for a layer, or experts, about to run: the provider is prepared, a slow fallback reported.
+
+    A provider that cannot be prepared is left out from then on.
+    """
+    from graftq.quant_linear.experts_spec import ExpertsSpec
+
+    while not _prepare((selection := find_kernel(request)).provider):
+        pass
+    if selection.provider.priority == 0:
+        if isinstance(request.spec, ExpertsSpec):
+            slow, asked_for = "experts on %s run one by one", _forced() == REFERENCE
+        else:
+            slow = "layers on %s run on the slow reference, which unpacks the weights at every call"
+            asked_for = _forced() is not None
+        if not asked_for:
+            _report_slow(selection, request.device, slow)
     return selection
+
+
+def _prepare(provider: KernelProvider) -> bool:
+    """Prepare a provider, once; whether it can be used."""
+    if provider.name not in _prepared:
+        from graftq.quant_linear.selection import failure
+
+        try:
+            getattr(provider, "prepare", lambda: None)()
+        except Exception as error:
+            _unusable[provider.name] = failure(error)
+            failures.record(f"kernel provider {provider.name}", error)
+            return False
+        _prepared.add(provider.name)
+    return True
 
 
 def _forced() -> str | None:
     return os.environ.get(switches.KERNEL) or None
 
 
-def _report_slow(selection: Selection[P], device: str, what: str) -> None:
+def _report_slow(selection: Selection, device: str, what: str) -> None:
     """Say once for each reason that something runs slowly; a warning where there is an accelerator."""
     from graftq.quant_linear.selection import Rejected
 

@@ -36,6 +36,19 @@ class Activation:
     alpha: float = 0.0
     limit: float = 0.0
 
+    def of_product(self, x: torch.Tensor, is_gated: bool, is_concatenated: bool) -> torch.Tensor:
+        """Of ``up``'s output: [tokens, 2 * intermediate] (ungated: [tokens, intermediate]) to [tokens, intermediate].
+
+        Args:
+            x: The output.
+            is_gated: Whether it holds gate values.
+            is_concatenated: Whether these are its first half rather than every other value.
+        """
+        if not is_gated:
+            return self(None, x)
+        gate, up = x.chunk(2, -1) if is_concatenated else (x[..., ::2], x[..., 1::2])
+        return self(gate, up)
+
     def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """The reference: gate and up [tokens, intermediate], ``gate`` None where there is none; the same shape."""
         if self.name == "swiglu_oai":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftq.quant_linear.activations import Activate, recognize
+from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
-from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, SeparateLayout
+from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Selection
+from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 
-ChooseExperts = Callable[[ExpertsRequest], Selection[ExpertsProvider]]
-"""How experts find their kernel, e.g. ``graftq.plugin.manager.choose_experts_kernel``."""
+ChooseExperts = Callable[[Request[ExpertsSpec]], Selection]
+"""How experts find their kernel, prepared to run, e.g. ``graftq.plugin.manager.choose_kernel``."""
 
 Addition = Callable[[int, torch.Tensor], torch.Tensor]
 """From an expert's number and a projection's input [tokens, K] to what is added to its output [tokens, N]."""
@@ -47,7 +47,8 @@ class QuantExperts(nn.Module):
         experts: One per expert, in order.
         choose: Finds the kernel for a request.
         activate: From ``up``'s output [tokens, 2 * intermediate] (or [tokens, intermediate]) to
-            ``down``'s input [tokens, intermediate]: gating and activation together.
+            ``down``'s input [tokens, intermediate]: gating and activation together. A formula by name
+            (:class:`Activation`), or a function; of a function, the formula is recognized by its values.
         is_concatenated: Whether ``activate`` expects ``[gate; up]`` rather than gate and up interleaved.
         up_bias: Name and [num_experts, ...], added to ``up``'s output, where the model keeps biases apart.
         down_bias: Name and [num_experts, hidden], added to ``down``'s output, likewise.
@@ -58,7 +59,7 @@ class QuantExperts(nn.Module):
         self,
         experts: list[QuantExpert],
         choose: ChooseExperts,
-        activate: Activate,
+        activate: Activation | Activate,
         is_concatenated: bool = True,
         up_bias: tuple[str, nn.Parameter] | None = None,
         down_bias: tuple[str, nn.Parameter] | None = None,
@@ -66,7 +67,6 @@ class QuantExperts(nn.Module):
     ):
         super().__init__()
         self.num_experts = len(experts)
-        self.activate = activate
         self.pinned = False
         self.separate = False
         self._additions: list[tuple[str, Addition]] = []
@@ -82,9 +82,15 @@ class QuantExperts(nn.Module):
             name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS if hasattr(experts[0], name)
         }
         is_gated = len(projections) == 3 or "gate_up_proj" in projections
+        if isinstance(activate, Activation):
+            activation: Activation | None = activate
+            self.activate: Activate = partial(activate.of_product, is_gated=is_gated, is_concatenated=is_concatenated)
+        else:
+            activation = recognize(activate, is_gated, is_concatenated)
+            self.activate = activate
         self.spec = ExpertsSpec(
             projections=tuple((name, tuple(layer.spec for layer in layers)) for name, layers in projections.items()),
-            activation=recognize(activate, is_gated, is_concatenated),
+            activation=activation,
             is_concatenated=is_concatenated,
             has_up_bias=up_bias is not None,
             has_down_bias=down_bias is not None,
@@ -93,8 +99,10 @@ class QuantExperts(nn.Module):
         self.layout: ExpertsLayout = SeparateLayout(self.spec)
         self._choose_linear = projections["down_proj"][0].choose
         self.dtype = projections["down_proj"][0].dtype
+        self.form: Hashable = None
         self._packed_names: tuple[str, ...] = ()
-        self._provider: ExpertsProvider | None = None
+        self._kernels: ExpertsKernels | None = None
+        self.kernel: str | None = None
         self._bound_to: tuple[str, torch.dtype, bool] | None = None
 
     @property
@@ -133,8 +141,8 @@ class QuantExperts(nn.Module):
         """
         if self._bound_to != (hidden_states.device.type, hidden_states.dtype, self.separate):
             self.bind(hidden_states.device.type, hidden_states.dtype)
-        assert self._provider is not None
-        return self._provider.experts(self, hidden_states, top_k_index, top_k_weights)
+        assert self._kernels is not None
+        return self._kernels.experts(self, hidden_states, top_k_index, top_k_weights)
 
     def bind(self, device: str, dtype: torch.dtype) -> None:
         """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.
@@ -143,12 +151,11 @@ class QuantExperts(nn.Module):
             graftq.quant_linear.selection.NoKernelError: if no kernel runs these experts.
         """
         self.separate |= self._is_surrounded()
-        request = ExpertsRequest(self.spec, device, dtype, pinned=self.pinned, separate=self.separate)
-        provider = self._choose(request).provider
-        layout = provider.layout(self.spec)
+        selection = self._choose(Request(self.spec, device, dtype, pinned=self.pinned, separate=self.separate))
+        layout = selection.experts.layout(self.spec)
         if layout != self.layout:
             self._repack(layout)
-        self._provider = provider
+        self._kernels, self.kernel = selection.experts, selection.provider.name
         self._bound_to = (device, dtype, self.separate)
         if isinstance(layout, SeparateLayout):
             for child in self.modules():
@@ -194,7 +201,7 @@ class QuantExperts(nn.Module):
             for name in self._packed_names:
                 delattr(self, name)
         if isinstance(layout, SeparateLayout):
-            self._packed_names = ()
+            self._packed_names, self.form = (), None
             for expert in range(self.num_experts):
                 self.add_module(str(expert), self._separate(take, expert))
         else:
@@ -204,7 +211,7 @@ class QuantExperts(nn.Module):
                     delattr(self, str(expert))
             for name, tensor in packed.items():
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            self._packed_names = tuple(packed)
+            self._packed_names, self.form = tuple(packed), packed.form
         self.layout = layout
 
     def _release(self, name: str, expert: int) -> GptqTensors:
@@ -228,20 +235,15 @@ class QuantExperts(nn.Module):
         """This module's own tensors, biases included, as they are: what a kernel looks its arguments up in."""
         return self._parameters
 
-    def packed(self) -> dict[str, torch.Tensor]:
+    def packed(self) -> Packed:
         """This module's own packed tensors, in the current layout; empty while each projection is a layer."""
-        return {name: getattr(self, name) for name in self._packed_names}
+        return Packed({name: getattr(self, name) for name in self._packed_names}, self.form)
 
     def checkpoint_tensors(self, name: str, expert: int) -> GptqTensors:
         """One projection exactly as the checkpoint stores it, whatever the layout is now."""
         if isinstance(self.layout, SeparateLayout):
             return self._child(name, expert).checkpoint_tensors()
         return self.layout.unpack(self.packed(), name, expert)
-
-    @property
-    def kernel(self) -> str | None:
-        """The name of the kernel that is bound, if one is."""
-        return None if self._provider is None else self._provider.name
 
     def extra_repr(self) -> str:
         """The experts in short."""

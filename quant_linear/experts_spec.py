@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -67,16 +66,6 @@ class ExpertsSpec:
     def of(self, name: str) -> tuple[QuantSpec, ...]:
         """The specs of one projection, one per expert."""
         return dict(self.projections)[name]
-
-    def families(self) -> Mapping[str, frozenset[tuple[int, int, int, int, int]]]:
-        """How far experts differ, by projection: (bits, K, N, group_size, num_groups) as found among them.
-
-        A fused kernel wants one of each; permutations, symmetry and zero offsets are easier to let differ.
-        """
-        return {
-            name: frozenset((s.bits, s.in_features, s.out_features, s.group_size, s.num_groups) for s in specs)
-            for name, specs in self.projections
-        }
 
 
 @dataclass(frozen=True)

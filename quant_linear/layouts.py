@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,18 @@ def stored_dtypes(stored: Iterable[GptqTensors]) -> torch.Tensor:
     return torch.tensor(codes, dtype=torch.int8, device="cpu")
 
 
+class Packed(dict[str, torch.Tensor]):
+    """Tensors by name, as a layout has arranged them.
+
+    Attributes:
+        form: Which of its arrangements the layout has chosen, as a value of its own; None where it has only one.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], form: Hashable = None):
+        super().__init__(tensors)
+        self.form = form
+
+
 class Layout(Protocol):
     """How a kernel wants the weights. ``unpack(pack(t))`` equals ``t`` bit for bit, for every ``t``."""
 
@@ -44,10 +56,10 @@ class Layout(Protocol):
     def spec(self) -> QuantSpec:
         """The projection."""
 
-    def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
+    def pack(self, tensors: GptqTensors) -> Packed:
         """Rearrange checkpoint tensors, once, at load. The names become the layer's parameters."""
 
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
+    def unpack(self, packed: Packed) -> GptqTensors:
         """Restore the checkpoint tensors, dtypes and ``g_idx`` included."""
 
 
@@ -57,11 +69,11 @@ class CheckpointLayout:
 
     spec: QuantSpec
 
-    def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
+    def pack(self, tensors: GptqTensors) -> Packed:
         """Return the tensors that exist, under their checkpoint names."""
-        return {name: tensor for name, tensor in vars(tensors).items() if tensor is not None}
+        return Packed({name: tensor for name, tensor in vars(tensors).items() if tensor is not None})
 
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
+    def unpack(self, packed: Packed) -> GptqTensors:
         """Return the same tensors."""
         return GptqTensors(**packed)
 
@@ -73,15 +85,15 @@ class ExpertsLayout(Protocol):
     def spec(self) -> ExpertsSpec:
         """The experts."""
 
-    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
         """Rearrange checkpoint tensors, once, at load. The names become parameters of the experts module.
 
         Args:
-            take: From a projection's name and an expert's number to its tensors. To be called once for each; what it
-                gives is nobody else's any more, so that dropping it frees the memory.
+            take: From a projection's name and an expert's number to its tensors. To be called once for each. It holds
+                no reference to what it returns, so that dropping a tensor frees its memory.
         """
 
-    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+    def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         """Restore the checkpoint tensors of one projection of one expert."""
 
 
@@ -91,14 +103,10 @@ class SeparateLayout:
 
     spec: ExpertsSpec
 
-    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
         """Nothing: the tensors stay in the layers."""
-        return {}
+        return Packed({})
 
-    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+    def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         """Not to be asked: the layers have the tensors."""
         raise LookupError(f"{expert}.{name} is a layer of its own")
-
-
-AS_STORED = (CheckpointLayout, SeparateLayout)
-"""Layouts that leave the checkpoint's tensors what they are, so that offloading can bring them in."""

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
-if TYPE_CHECKING:
-    from graftq.quant_linear.gpu.siblings import SiblingProduct
+Choose = Callable[[Request[QuantSpec]], Selection]
+"""How a layer finds its kernel, prepared to run, e.g. ``graftq.plugin.manager.choose_kernel``."""
 
-Choose = Callable[[Request], Selection[KernelProvider]]
-"""How a layer finds its kernel, e.g. ``graftq.plugin.manager.choose_kernel``."""
+
+class SharedProduct(Protocol):
+    """One product that several layers share (:class:`graftq.quant_linear.gpu.siblings.SiblingProduct`)."""
+
+    def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What ``layer``, the one at ``place`` among them, returns for ``x``."""
+
+    def dissolve(self, reason: str) -> None:
+        """Let each layer multiply by itself from now on."""
 
 
 class QuantLinear(nn.Module):
@@ -50,7 +57,8 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.pinned = False
         self.choose = choose
-        self.joint: tuple[SiblingProduct, int] | None = None
+        self.form: Hashable = None
+        self.shared: tuple[SharedProduct, int] | None = None
         self.provider: KernelProvider | None = None
         self._bound_to: tuple[str, torch.dtype] | None = None
         for name, shape in _shapes(spec).items():
@@ -71,9 +79,10 @@ class QuantLinear(nn.Module):
         """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
-        if self.joint is not None and not torch.is_grad_enabled():
-            joint, place = self.joint
-            return joint(self, place, x)
+        shared = self.shared  # read once: another thread may dissolve it
+        if shared is not None and not torch.is_grad_enabled():
+            product, place = shared
+            return product(self, place, x)
         return self.multiply(x, self.spec)
 
     def multiply(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -93,14 +102,15 @@ class QuantLinear(nn.Module):
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
-            self.hold(layout.pack(self.release()))
-            self.layout = layout
+            packed = layout.pack(self.release())
+            self.hold(packed)
+            self.layout, self.form = layout, packed.form
         self.provider = provider
         self._bound_to = (device, dtype)
 
-    def packed(self) -> dict[str, torch.Tensor]:
+    def packed(self) -> Packed:
         """The parameters, in the current layout."""
-        return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        return Packed({name: tensor for name, tensor in self._parameters.items() if tensor is not None}, self.form)
 
     def checkpoint_tensors(self) -> GptqTensors:
         """The tensors exactly as the checkpoint stores them, whatever the layout is now."""
@@ -121,17 +131,18 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        """Move or cast the tensors: what was joined is then copies."""
-        joined = self.joint is not None
-        before = [tensor.data_ptr() for tensor in self.packed().values()] if joined else []
+        """Move or cast the tensors. Layers that were joined part if that copies any of them."""
+        is_joined = self.shared is not None
+        before = [tensor.data_ptr() for tensor in self.packed().values()] if is_joined else []
         super()._apply(fn, recurse)
-        if joined and before != [tensor.data_ptr() for tensor in self.packed().values()]:
+        if is_joined and before != [tensor.data_ptr() for tensor in self.packed().values()]:
             self._leave("one of them was moved or cast")
         return self
 
     def _leave(self, reason: str) -> None:
-        if self.joint is not None:
-            self.joint[0].dissolve(reason)
+        shared = self.shared
+        if shared is not None:
+            shared[0].dissolve(reason)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -92,5 +92,5 @@ def dequantize(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
         group = tensors.g_idx[: spec.in_features].long()
     else:
         group = sequential_g_idx(spec, codes.device).long()
-    centerd = codes.to(torch.int32) - zero_points(tensors, spec)[group]
-    return (centerd.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T
+    centered = codes.to(torch.int32) - zero_points(tensors, spec)[group]
+    return (centered.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T

@@ -1,4 +1,4 @@
-"""The ``torch`` providers: any device, any dtype, any configuration, and the truth the others are held to."""
+"""The ``torch`` provider: any device, any dtype, any configuration, and the truth the others are held to."""
 
 from __future__ import annotations
 
@@ -8,58 +8,26 @@ from typing import Any
 import pluggy
 import torch
 
-from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.layouts import CheckpointLayout, Layout, SeparateLayout
+from graftq.quant_linear.layouts import CheckpointLayout, Packed, SeparateLayout
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.selection import (
-    Accepted,
-    ExpertsProvider,
-    ExpertsRequest,
-    KernelProvider,
-    Request,
-    Verdict,
-)
+from graftq.quant_linear.selection import Accepted, ExpertsModule, KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
-
-
-class TorchProvider:
-    """Dequantizes in float32 at every call and multiplies in the activations' dtype."""
-
-    name = "torch"
-    priority = 0
-
-    def judge(self, request: Request) -> Verdict:
-        """Accept everything."""
-        return Accepted()
-
-    def layout(self, spec: QuantSpec) -> Layout:
-        """The checkpoint's own."""
-        return CheckpointLayout(spec)
-
-    def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
-        """``x @ W.T + bias``; ``x`` [..., in_features] in any float dtype, returns [..., out_features] in the same."""
-        tensors = self.layout(spec).unpack(packed)
-        bias = None if tensors.bias is None else tensors.bias[: spec.out_features].to(x.dtype)
-        return torch.nn.functional.linear(x, dequantize(tensors, spec).to(x.dtype), bias)
 
 
 class TorchExperts:
     """Expert by expert, each projection by whichever kernel its own layer has chosen."""
 
-    name = "torch"
-    priority = 0
-
-    def judge(self, request: ExpertsRequest) -> Verdict:
+    def judge(self, request: Request[ExpertsSpec]) -> Verdict:
         """Accept everything."""
-        return Accepted()
+        return Accepted(repacks=False)
 
     def layout(self, spec: ExpertsSpec) -> SeparateLayout:
         """A layer per projection, as loaded."""
         return SeparateLayout(spec)
 
     def experts(
-        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, module: ExpertsModule, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Shapes as in :meth:`QuantExperts.forward`. Waits for the device, to learn which experts have tokens."""
         total = torch.zeros_like(x, dtype=torch.float32)
@@ -71,7 +39,32 @@ class TorchExperts:
         return total.to(x.dtype)
 
 
-def _run_expert(module: QuantExperts, index: int, x: torch.Tensor) -> torch.Tensor:
+class TorchProvider:
+    """Dequantizes in float32 at every call and multiplies in the activations' dtype."""
+
+    name = "torch"
+    priority = 0
+    experts = TorchExperts()
+
+    def judge(self, request: Request[QuantSpec]) -> Verdict:
+        """Accept everything."""
+        return Accepted(repacks=False)
+
+    def prepare(self) -> None:
+        """Nothing to prepare."""
+
+    def layout(self, spec: QuantSpec) -> CheckpointLayout:
+        """The checkpoint's own."""
+        return CheckpointLayout(spec)
+
+    def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
+        """``x @ W.T + bias``; ``x`` [..., in_features] in any float dtype, returns [..., out_features] in the same."""
+        tensors = self.layout(spec).unpack(Packed(packed))
+        bias = None if tensors.bias is None else tensors.bias[: spec.out_features].to(x.dtype)
+        return torch.nn.functional.linear(x, dequantize(tensors, spec).to(x.dtype), bias)
+
+
+def _run_expert(module: ExpertsModule, index: int, x: torch.Tensor) -> torch.Tensor:
     expert: Any = module.get_submodule(str(index))
     hidden = _add(_up(expert, x, module.spec.is_concatenated), module.up_bias, index)
     inner = module.activate(module.add("up", index, x, hidden))
@@ -96,9 +89,3 @@ def _add(x: torch.Tensor, bias: torch.Tensor | None, index: int) -> torch.Tensor
 def graftq_kernels() -> Iterable[KernelProvider]:
     """Register the reference."""
     return [TorchProvider()]
-
-
-@pluggy.HookimplMarker("graftq")
-def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
-    """Register the reference."""
-    return [TorchExperts()]

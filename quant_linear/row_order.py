@@ -1,4 +1,8 @@
-"""Where the input rows of a projection go, so that every run of ``unit`` rows shares its scales."""
+"""In which order a layout keeps the input rows of a projection, and which projections share that order.
+
+Act-order gives neighboring input rows different groups. Every layout here sorts the rows by group once, at load, so
+that a run of rows (a *unit*) shares one scale per output; the activations are gathered in the same order.
+"""
 
 from __future__ import annotations
 
@@ -10,76 +14,123 @@ import torch
 from graftq.quant_linear.packing import sequential_g_idx
 from graftq.quant_linear.spec import QuantSpec
 
+NO_ROW = 2**31 - 1
+"""Entry of :attr:`RowOrder.order` for padding: beyond any input, so that a bounds check skips it."""
+
 
 @dataclass(frozen=True)
-class Places:
+class RowOrder:
     """Where each stored input row goes.
 
     Attributes:
-        order: int64 [rows], the stored row at each place, beyond all of them for padding; None if nothing moves.
-        groups: int64 [rows / unit], the group of each unit.
-        unit: Input rows per scale.
+        order: int32 [rows], the stored row at each place (:data:`NO_ROW` for padding), or None if no row moves.
+        unit_group: int64 [rows / unit], ascending, the group of each unit.
+        unit: Rows that share a scale.
     """
 
     order: torch.Tensor | None
-    groups: torch.Tensor
+    unit_group: torch.Tensor
     unit: int
 
     @property
     def rows(self) -> int:
         """Number of places."""
-        return len(self.groups) * self.unit
+        return len(self.unit_group) * self.unit
+
+    def padded(self, rows: int) -> RowOrder:
+        """The same with padding up to ``rows`` places, a multiple of :attr:`unit`."""
+        order = self.order
+        if order is not None:
+            order = torch.nn.functional.pad(order, (0, rows - self.rows), value=NO_ROW)
+        padding = self.unit_group[-1:].expand((rows - self.rows) // self.unit)
+        return RowOrder(order, torch.cat([self.unit_group, padding]), self.unit)
+
+    def first_units(self, num_groups: int) -> torch.Tensor:
+        """The first unit of each group: int64 [num_groups]."""
+        return torch.searchsorted(self.unit_group, torch.arange(num_groups, device=self.unit_group.device))
 
 
 def stored_rows(spec: QuantSpec) -> int:
-    """Codes that a column of ``qweight`` holds once it is padded to whole blocks of 32."""
+    """Codes in a column of ``qweight`` once it is padded to whole blocks of 32 codes."""
     return -(-spec.packed_rows // spec.bits) * 32
 
 
-def unit_of(spec: QuantSpec, g_idx: torch.Tensor | None, units: Sequence[int]) -> int:
-    """The first of ``units`` (descending) that divides every group; the last if none does."""
+def order_rows(
+    spec: QuantSpec, g_idx: torch.Tensor | None, unit: int, device: torch.device, multiple: int | None = None
+) -> RowOrder:
+    """Sort the input rows by group (stable), and pad each group to whole units; an empty group gets one.
+
+    Args:
+        spec: The projection.
+        g_idx: As stored; must be there if the spec says act-order.
+        unit: Rows that are to share a scale.
+        device: Where to make the tensors.
+        multiple: What the number of places is to be a multiple of: ``unit``, or a multiple of that.
+
+    Raises:
+        ValueError: if ``g_idx`` is missing.
+    """
+    stored, multiple = stored_rows(spec), multiple or unit
+    if spec.num_groups == 1 or (not spec.desc_act and spec.group_size % unit == 0):
+        rows = -(-stored // multiple) * multiple
+        group = torch.arange(0, rows, unit, device=device) // spec.group_size
+        return RowOrder(None, group.clamp(max=spec.num_groups - 1), unit)
+    group = _groups(spec, g_idx, device)
+    by_group = torch.argsort(group, stable=True)
+    sorted_group = group[by_group]
+    counts = torch.bincount(group, minlength=spec.num_groups)
+    units = (counts + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
+    first_place = (units.cumsum(0) - units) * unit
+    rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[sorted_group]
+    rest = torch.arange(len(group), stored, device=device)  # codes that fill up the last words, and have no group
+    used = int(units.sum()) * unit
+    rows = -(-(used + len(rest)) // multiple) * multiple
+    order = torch.full((rows,), NO_ROW, dtype=torch.int32, device=device)
+    order[first_place[sorted_group] + rank] = by_group.to(torch.int32)
+    order[used : used + len(rest)] = rest.to(torch.int32)
+    padding = torch.full(((rows - used) // unit,), spec.num_groups - 1, device=device)
+    return RowOrder(order, torch.cat((torch.repeat_interleave(units), padding)), unit)
+
+
+def common_unit(spec: QuantSpec, g_idx: torch.Tensor | None, units: Sequence[int]) -> int:
+    """The first of ``units`` (descending) that divides the length of every group; the last if none does."""
     if spec.num_groups == 1:
         lengths = {stored_rows(spec)}
     elif not spec.desc_act:
         lengths = {spec.group_size}
     else:
-        lengths = set(torch.bincount(_group(spec, g_idx, None), minlength=spec.num_groups).tolist())
+        counts = torch.bincount(_groups(spec, g_idx, None), minlength=spec.num_groups)
+        lengths = set(counts.tolist())
     return next((unit for unit in units if not any(length % unit for length in lengths)), units[-1])
 
 
-def places_of(spec: QuantSpec, g_idx: torch.Tensor | None, unit: int, device: torch.device) -> Places:
-    """Where the input rows go: sorted by group (stable), each group padded to whole units.
+def has_even_groups(spec: QuantSpec, g_idx: torch.Tensor | None) -> bool:
+    """Whether every group but the last has ``group_size`` rows, and the last has no more."""
+    if not spec.desc_act:
+        return True
+    counts = torch.bincount(_groups(spec, g_idx, None), minlength=spec.num_groups)
+    return bool((counts[:-1] == spec.group_size).all()) and int(counts[-1]) <= spec.group_size
 
-    Args:
-        spec: The projection.
-        g_idx: As stored; must be there if the spec says act-order.
-        unit: Rows that share a scale.
-        device: Where to make the tensors.
+
+def can_multiply_as_one(
+    spec: QuantSpec, g_idx: torch.Tensor | None, other: QuantSpec, other_g_idx: torch.Tensor | None
+) -> bool:
+    """Whether one product can serve two projections of the same input: they may differ in nothing but their outputs.
+
+    That is, in values, biases, symmetry and the number of outputs. What a kernel or layout wants besides is its own.
     """
-    stored = stored_rows(spec)
-    if spec.num_groups == 1 or (not spec.desc_act and spec.group_size % unit == 0):
-        groups = torch.arange(-(-stored // unit), device=device) * unit // spec.group_size
-        return Places(None, groups.clamp(max=spec.num_groups - 1), unit)
-    group = _group(spec, g_idx, device)
-    by_group = torch.argsort(group, stable=True)
-    sorted_group = group[by_group]
-    counts = torch.bincount(group, minlength=spec.num_groups)
-    units = (counts + unit - 1).div(unit, rounding_mode="floor")
-    first = (units.cumsum(0) - units) * unit
-    rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[sorted_group]
-    rest = torch.arange(len(group), stored, device=device)  # rows that fill up the last words
-    used, filling = int(units.sum()) * unit, -(-len(rest) // unit)
-    order = torch.full((used + filling * unit,), stored, device=device)
-    order[first[sorted_group] + rank] = by_group
-    order[used : used + len(rest)] = rest
-    last = torch.full((filling,), spec.num_groups - 1, device=device)
-    groups = torch.cat((torch.repeat_interleave(units), last))
-    return Places(order, groups, unit)
+    same = ("bits", "in_features", "group_size", "num_groups", "desc_act", "zero_offset", "padded_in")
+    if any(getattr(spec, name) != getattr(other, name) for name in same):
+        return False
+    if not spec.desc_act:
+        return True
+    return g_idx is not None and other_g_idx is not None and torch.equal(g_idx, other_g_idx)
 
 
-def _group(spec: QuantSpec, g_idx: torch.Tensor | None, device: torch.device | None) -> torch.Tensor:
+def _groups(spec: QuantSpec, g_idx: torch.Tensor | None, device: torch.device | None) -> torch.Tensor:
+    """The group of each input row: int64 [in_features], or [padded_in] if so stored."""
     if not spec.desc_act:
         return sequential_g_idx(spec, device).long()
     if g_idx is None:
         raise ValueError("act-order needs g_idx")
-    return g_idx[: spec.in_features].long()
+    return g_idx.long()

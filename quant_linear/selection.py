@@ -1,48 +1,38 @@
-"""Which kernel runs a layer: a pure function over providers, answered with values and reasons."""
+"""Which kernel runs a layer, or the experts of a layer: a pure function over providers, answered with reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from graftq.quant_linear.experts_spec import ExpertsSpec
+from graftq.quant_linear.spec import QuantSpec
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from graftq.quant_linear.experts import QuantExperts
-    from graftq.quant_linear.experts_spec import ExpertsSpec
     from graftq.quant_linear.layouts import ExpertsLayout, Layout
-    from graftq.quant_linear.spec import QuantSpec
+
+S = TypeVar("S", QuantSpec, ExpertsSpec)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a layer asks for.
+class Request(Generic[S]):
+    """What a layer asks for: a linear layer by its projection, or the experts of a layer all together.
 
     Attributes:
-        spec: The projection.
+        spec: The projection (:class:`QuantSpec`) or the experts (:class:`ExpertsSpec`).
         device: Device type the layer computes on, as in ``torch.device.type`` ("cpu", "cuda").
         dtype: Activation dtype.
         pinned: The weights must stay in the checkpoint's layout (they are offloaded, and brought in
             as stored for each call).
-    """
-
-    spec: QuantSpec
-    device: str
-    dtype: torch.dtype
-    pinned: bool = False
-
-
-@dataclass(frozen=True)
-class ExpertsRequest:
-    """What the experts of a layer ask for, all together; attributes as in :class:`Request`.
-
-    Attributes:
-        separate: Each projection must stay a layer of its own, since something is added to its output
+        separate: Of experts: each projection must stay a layer of its own, since something is added to its output
             (:meth:`~graftq.quant_linear.experts.QuantExperts.adding`).
     """
 
-    spec: ExpertsSpec
+    spec: S
     device: str
     dtype: torch.dtype
     pinned: bool = False
@@ -51,12 +41,19 @@ class ExpertsRequest:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The provider runs this request, exactly as the reference would up to rounding."""
+    """The kernels run this request, exactly as the reference would up to rounding.
+
+    Attributes:
+        repacks: Whether the layout rearranges the checkpoint's tensors. If not, they stay under their names and in
+            their layers.
+    """
+
+    repacks: bool = True
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The provider does not run this request.
+    """The kernels do not run this request.
 
     Attributes:
         reason: Why not.
@@ -70,19 +67,81 @@ class Rejected:
 Verdict = Accepted | Rejected
 
 
+class ExpertsModule(Protocol):
+    """What kernels may ask of a :class:`~graftq.quant_linear.experts.QuantExperts`.
+
+    Attributes:
+        spec: The experts.
+        num_experts: How many they are.
+        layout: The arrangement that is bound.
+        form: The form that its ``pack`` has chosen.
+        activate: From ``up``'s output [tokens, width] to ``down``'s input [tokens, intermediate].
+        post_expert_norm: Applied to each expert's output before it is weighted, or None.
+    """
+
+    spec: ExpertsSpec
+    num_experts: int
+    layout: ExpertsLayout
+    form: Hashable
+    activate: Any
+    post_expert_norm: nn.Module | None
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor | None]:
+        """The packed tensors by name, in :attr:`layout`."""
+
+    @property
+    def up_bias(self) -> torch.Tensor | None:
+        """The layer's own bias for gate and up, [num_experts, width]."""
+
+    @property
+    def down_bias(self) -> torch.Tensor | None:
+        """The layer's own bias for down, [num_experts, hidden]."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """An expert by its number, or a projection by ``{expert}.{name}``, while each is a layer of its own."""
+
+    def add(self, to: Any, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """``output`` of a projection, and what adapters add to it."""
+
+
+class ExpertsKernels(Protocol):
+    """Kernels for all experts of a layer at once."""
+
+    def judge(self, request: Request[ExpertsSpec]) -> Verdict:
+        """Say whether these kernels run ``request``, and if not, why. Has no side effects."""
+
+    def layout(self, spec: ExpertsSpec) -> ExpertsLayout:
+        """The arrangement of the weights that :meth:`experts` reads."""
+
+    def experts(
+        self, module: ExpertsModule, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What ``module.forward`` is to return; ``module.tensors`` has the weights in :meth:`layout`."""
+
+
 class KernelProvider(Protocol):
     """A family of kernels behind one name; the object that ``graftq_kernels`` hooks return.
 
     Attributes:
         name: What users write into ``GRAFTQ_KERNEL``.
         priority: Among the providers that accept a request, the highest wins. The reference is 0.
+        experts: The same family's kernels for experts, or None: then experts run one by one, each projection by
+            :meth:`linear`, unless another provider has some.
     """
 
     name: str
     priority: int
 
-    def judge(self, request: Request) -> Verdict:
-        """Say whether this provider runs ``request``, and if not, why."""
+    @property
+    def experts(self) -> ExpertsKernels | None:
+        """As above; a provider without this attribute has none."""
+
+    def judge(self, request: Request[QuantSpec]) -> Verdict:
+        """Say whether this provider runs ``request``, and if not, why. Has no side effects."""
+
+    def prepare(self) -> None:
+        """Do what is needed once before weights are packed: import operators, warm caches. Optional; idempotent."""
 
     def layout(self, spec: QuantSpec) -> Layout:
         """The arrangement of the weights that :meth:`linear` reads."""
@@ -94,57 +153,50 @@ class KernelProvider(Protocol):
         """
 
 
-class ExpertsProvider(Protocol):
-    """Kernels for all experts of a layer at once; the object that ``graftq_experts_kernels`` hooks return.
+@dataclass(frozen=True)
+class Selection:
+    """The outcome for one request.
 
     Attributes:
-        name: As for :class:`KernelProvider`; the same name where the same package provides both.
-        priority: Likewise.
+        provider: The provider that was chosen.
+        verdicts: What every provider said, by name.
     """
 
-    name: str
-    priority: int
-
-    def judge(self, request: ExpertsRequest) -> Verdict:
-        """Say whether this provider runs ``request``, and if not, why."""
-
-    def layout(self, spec: ExpertsSpec) -> ExpertsLayout:
-        """The arrangement of the weights that :meth:`experts` reads."""
-
-    def experts(
-        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """What ``module.forward`` is to return; ``module.packed()`` has the weights in :meth:`layout`."""
-
-
-P = TypeVar("P", KernelProvider, ExpertsProvider)
-
-
-@dataclass(frozen=True)
-class Selection(Generic[P]):
-    """The outcome for one request: the provider, and what every provider said."""
-
-    provider: P
+    provider: KernelProvider
     verdicts: Mapping[str, Verdict]
+
+    @property
+    def experts(self) -> ExpertsKernels:
+        """The provider's kernels for experts; it has some if the request was for experts."""
+        assert self.provider.experts is not None
+        return self.provider.experts
 
 
 class NoKernelError(RuntimeError):
     """No provider, or not the forced one, runs a request."""
 
 
-def select(request: Request | ExpertsRequest, providers: Iterable[P], forced: str | None = None) -> Selection[P]:
+def select(
+    request: Request[Any],
+    providers: Iterable[KernelProvider],
+    forced: str | None = None,
+    unusable: Mapping[str, Rejected] | None = None,
+) -> Selection:
     """Choose the accepted provider of highest priority; ties go to the alphabetically first name.
 
     Args:
-        request: The layer's wish, or that of a layer's experts.
+        request: The layer's wish, or that of a layer's experts; for these, providers without such kernels are left out.
         providers: All registered providers.
         forced: The only provider allowed (``GRAFTQ_KERNEL``), or None.
+        unusable: Providers that are not to be asked, by name, and why.
 
     Raises:
         NoKernelError: if nothing accepts, or ``forced`` is unknown or rejects; with every reason.
     """
+    if isinstance(request.spec, ExpertsSpec):
+        providers = [provider for provider in providers if getattr(provider, "experts", None) is not None]
     ranked = sorted(providers, key=lambda provider: (-provider.priority, provider.name))
-    verdicts = {provider.name: _judge(provider, request) for provider in ranked}
+    verdicts = {each.name: (unusable or {}).get(each.name) or _judge(each, request) for each in ranked}
     if forced is not None and forced not in verdicts:
         raise NoKernelError(f"GRAFTQ_KERNEL={forced}: no such kernel; there are {', '.join(verdicts) or 'none'}")
     for provider in ranked:
@@ -156,16 +208,21 @@ def select(request: Request | ExpertsRequest, providers: Iterable[P], forced: st
     raise NoKernelError(f"{prefix} for {request.spec} on {request.device} in {request.dtype}: {said}")
 
 
-def _judge(provider: KernelProvider | ExpertsProvider, request: Request | ExpertsRequest) -> Verdict:
-    from graftq.quant_linear.layouts import AS_STORED, SeparateLayout
+def failure(error: BaseException) -> Rejected:
+    """The verdict for a provider that has raised ``error``: it loses the layer, and the host keeps its model."""
+    return Rejected(f"its own failure: {type(error).__name__}: {error}")
 
+
+def _judge(provider: KernelProvider, request: Request[Any]) -> Verdict:
     try:
-        verdict = provider.judge(request)  # type: ignore[arg-type] # requests and providers are of one kind
-        layout = provider.layout(request.spec) if isinstance(verdict, Accepted) else None  # type: ignore[arg-type]
-    except Exception as error:  # somebody else's provider: it loses the layer, the host keeps its model
-        return Rejected(f"its own failure: {type(error).__name__}: {error}")
-    if layout is not None and request.pinned and not isinstance(layout, AS_STORED):
-        return Rejected("it repacks the weights, and these are offloaded", "keep the layer on one device")
-    if layout is not None and getattr(request, "separate", False) and not isinstance(layout, SeparateLayout):
-        return Rejected("it computes projections in one, and adapters add to each of them")
+        judge = provider.experts if isinstance(request.spec, ExpertsSpec) else provider
+        assert judge is not None
+        verdict = judge.judge(request)
+    except Exception as error:
+        return failure(error)
+    if isinstance(verdict, Accepted) and verdict.repacks:
+        if request.pinned:
+            return Rejected("it repacks the weights, and these are offloaded", "keep the layer on one device")
+        if request.separate:
+            return Rejected("it computes projections in one, and adapters add to each of them")
     return verdict

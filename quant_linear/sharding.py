@@ -9,6 +9,7 @@ import torch
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
+from graftq.quant_linear.row_order import can_multiply_as_one
 from graftq.quant_linear.spec import QuantSpec
 
 Shard = tuple[GptqTensors, QuantSpec]
@@ -89,7 +90,7 @@ def shard_inputs(
 
 
 def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[GptqTensors, QuantSpec]]:
-    """Merge neighbors that differ in nothing but their outputs, so that one multiplication does for all of them.
+    """Merge neighbors that differ in nothing but their outputs, so that one product serves all of them.
 
     Projections of the same input that were quantized together (q, k and v; gate and up) share their ``g_idx``.
 
@@ -110,14 +111,9 @@ def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[G
 
 def _alike(one: tuple[GptqTensors, QuantSpec], other: tuple[GptqTensors, QuantSpec]) -> bool:
     (left, a), (right, b) = one, other
-    same = ("bits", "in_features", "group_size", "num_groups", "desc_act", "zero_offset", "padded_in")
-    if any(getattr(a, name) != getattr(b, name) for name in same) or left.scales.dtype != right.scales.dtype:
+    if left.scales.dtype != right.scales.dtype or a.has_bias or b.has_bias:
         return False
-    if a.has_bias or b.has_bias:
-        return False
-    if not a.desc_act:
-        return True
-    return left.g_idx is not None and right.g_idx is not None and bool(left.g_idx.equal(right.g_idx))
+    return can_multiply_as_one(a, left.g_idx, b, right.g_idx)
 
 
 def _join(run: Sequence[tuple[GptqTensors, QuantSpec]]) -> tuple[GptqTensors, QuantSpec]:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases
 from graftq.adapters.transformers.placement import Placement
-from graftq.plugin.manager import choose_experts_kernel
+from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
@@ -71,7 +71,7 @@ def _experts(stock: Any, found: Mapping[str, PlacedProjection], dtype: torch.dty
         stock._parameters[name] = None  # its place remains, in case it is dequantized
     return QuantExperts(
         [QuantExpert(projections[str(number)]) for number in range(stock.num_experts)],
-        choose_experts_kernel,
+        choose_kernel,
         activate=_Gate(stock) if gated else stock.act_fn,
         is_concatenated=stock.is_concatenated,
         post_expert_norm=stock.post_expert_norm if getattr(stock, "has_post_expert_norm", False) else None,

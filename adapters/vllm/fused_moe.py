@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from graftq.adapters.vllm.base_config import BaseConfig
 from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
-from graftq.plugin.manager import choose_experts_kernel, choose_kernel
+from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.activations import Activate, Activation
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
@@ -133,7 +133,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
         self.loaders = {}
-        packed = QuantExperts(experts, choose_experts_kernel, self.activate)
+        packed = QuantExperts(experts, choose_kernel, self.activate)
         packed.bind(self.device.type, self.dtype)
         for name in _parameters():
             if name != "w2_qweight":  # LoRA asks it for the device

@@ -107,7 +107,7 @@ def _taken_over(root: str) -> str:
         return f"not installed; {spec.origin} stands in"
     try:
         importlib.import_module(root)
-        for name in [name for name in finder.waiting if name.partition(".")[0] == root]:
+        for name in [name for name in finder.patches if name.partition(".")[0] == root]:
             importlib.import_module(name)
     except Exception as error:
         return f"{root} cannot be imported: {type(error).__name__}: {error}"

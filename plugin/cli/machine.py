@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftq.quant_linear.experts_spec import ExpertsSpec
-    from graftq.quant_linear.selection import ExpertsRequest, Request
+    from graftq.quant_linear.selection import Request
     from graftq.quant_linear.spec import QuantSpec
 
 
@@ -20,39 +20,29 @@ def device() -> str:
 
 def verdicts(spec: QuantSpec | ExpertsSpec, dtype: str) -> dict[str, str]:
     """Every provider's name to "accepted" or its reason to refuse, in the order of preference."""
-    from graftq.plugin.manager import experts_providers, kernel_providers
-    from graftq.quant_linear.selection import ExpertsRequest, Rejected, select
+    from graftq.plugin.manager import kernel_providers
+    from graftq.quant_linear.selection import Rejected, select
 
-    request = _request(spec, dtype)
-    if isinstance(request, ExpertsRequest):
-        said = select(request, experts_providers()).verdicts
-    else:
-        said = select(request, kernel_providers()).verdicts
     return {
         name: f"refused: {verdict.reason}" if isinstance(verdict, Rejected) else "accepted"
-        for name, verdict in said.items()
+        for name, verdict in select(_request(spec, dtype), kernel_providers()).verdicts.items()
     }
 
 
 def kernel(spec: QuantSpec | ExpertsSpec, dtype: str) -> str:
     """Name of the kernel for a layer or a layer's experts, or why there is none."""
-    from graftq.plugin.manager import find_experts_kernel, find_kernel
-    from graftq.quant_linear.selection import ExpertsRequest, NoKernelError
+    from graftq.plugin.manager import find_kernel
+    from graftq.quant_linear.selection import NoKernelError
 
-    request = _request(spec, dtype)
     try:
-        found = find_experts_kernel(request) if isinstance(request, ExpertsRequest) else find_kernel(request)
+        return find_kernel(_request(spec, dtype)).provider.name
     except NoKernelError as error:
         return f"none: {error}"
-    return found.provider.name
 
 
-def _request(spec: QuantSpec | ExpertsSpec, dtype: str) -> Request | ExpertsRequest:
+def _request(spec: QuantSpec | ExpertsSpec, dtype: str) -> Request[Any]:
     import torch
 
-    from graftq.quant_linear.selection import ExpertsRequest, Request
-    from graftq.quant_linear.spec import QuantSpec
+    from graftq.quant_linear.selection import Request
 
-    if isinstance(spec, QuantSpec):
-        return Request(spec, device(), getattr(torch, dtype))
-    return ExpertsRequest(spec, device(), getattr(torch, dtype))
+    return Request(spec, device(), getattr(torch, dtype))

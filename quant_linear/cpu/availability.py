@@ -10,13 +10,13 @@ import torch
 from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights
 from graftq.quant_linear.cpu.kernels import int4_block, takes_bytes
 from graftq.quant_linear.cpu.layout import CpuLayout, Int4Layout, Int8Layout
-from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Request, Verdict
+from graftq.quant_linear.selection import Accepted, Rejected, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def judge_cpu(request: Request | ExpertsRequest) -> Verdict:
+def judge_cpu(request: Request[Any]) -> Verdict:
     """Accept activations on a CPU in a dtype that models come in."""
     if request.device != "cpu":
         return Rejected(f"it is for CPUs, not for device type {request.device}")

@@ -12,10 +12,10 @@ from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_o
 from graftq.quant_linear.cpu.dequantized_matmul import CpuWeights
 from graftq.quant_linear.cpu.layout import CpuLayout
 from graftq.quant_linear.cpu.ops import product
-from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.layouts import KEPT, STORED_DTYPES, GptqTensors, stored_dtypes
-from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Verdict
+from graftq.quant_linear.layouts import KEPT, STORED_DTYPES, GptqTensors, Packed, stored_dtypes
+from graftq.quant_linear.row_order import can_multiply_as_one
+from graftq.quant_linear.selection import Accepted, ExpertsModule, Rejected, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
 PREFIX = "packed_"
@@ -24,6 +24,19 @@ PREFIX = "packed_"
 _GATE_UP, _JOINED = ("gate_proj", "up_proj"), "gate_up_proj"
 _WHOLE = 64  # gate and up are joined where their outputs are a multiple: no padding between them, in any layout
 _FREE = ("desc_act", "sym", "signature")  # what experts may differ in
+
+
+@dataclass(frozen=True)
+class StackedForm:
+    """How experts are stacked.
+
+    Attributes:
+        is_joined: Whether gate and up, apart in the checkpoint, are one projection, ``gate_up_proj``.
+        units: Of each stack, its name and the number of rows in a unit.
+    """
+
+    is_joined: bool
+    units: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,10 @@ class StackedLayout:
 
     spec: ExpertsSpec
 
-    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
         """Repack, projection by projection, dropping each expert's tensors once they are done."""
         packed: dict[str, torch.Tensor] = {}
+        units: dict[str, int] = {}
         dtypes: list[torch.Tensor] = []
         stored: dict[str, list[GptqTensors]] = {}
         for name in self.spec.names:
@@ -51,15 +65,20 @@ class StackedLayout:
             products = [tuple(stored)] if self._can_join(stored) else [(each,) for each in stored]
             for parts in products:
                 stack = parts[0] if len(parts) == 1 else _JOINED
-                tensors = _stack(self._layouts(parts[0]), [stored.pop(part) for part in parts])
+                layouts = [layout_of(spec) for spec in self.spec.of(parts[0])]
+                tensors, units[stack] = _stack(layouts, [stored.pop(part) for part in parts])
                 packed |= {f"{PREFIX}{stack}_{suffix}": tensor for suffix, tensor in tensors.items()}
-        return packed | {f"{PREFIX}dtypes": torch.stack(dtypes, 1)}
+        form = StackedForm(_JOINED in units and _JOINED not in self.spec.names, tuple(units.items()))
+        return Packed(packed | {f"{PREFIX}dtypes": torch.stack(dtypes, 1)}, form)
 
-    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+    def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         """Restore one projection bit for bit."""
+        form = packed.form
+        assert isinstance(form, StackedForm)
         layout = layout_of(self.spec.of(name)[expert])
-        is_half = name in _GATE_UP and self.is_joined(packed)
-        start = f"{PREFIX}{_JOINED if is_half else name}_"
+        is_half = name in _GATE_UP and form.is_joined
+        stack = _JOINED if is_half else name
+        start = f"{PREFIX}{stack}_"
         own = {key.removeprefix(start): tensor[expert] for key, tensor in packed.items() if key.startswith(start)}
         if is_half:
             for suffix, dim in layout.OUTPUTS.items():
@@ -70,11 +89,7 @@ class StackedLayout:
             kept = own.pop(suffix, None)
             if kept is not None and dtype >= 0:
                 own[suffix] = kept.to(STORED_DTYPES[dtype])
-        return layout.unpack(own)
-
-    def is_joined(self, packed: Mapping[str, torch.Tensor | None]) -> bool:
-        """Whether gate and up, apart in the checkpoint, are one projection here."""
-        return self.spec.names[:-1] == _GATE_UP and f"{PREFIX}{_JOINED}_codes" in packed
+        return layout.unpack(Packed(own, dict(form.units)[stack]))
 
     def weights(self, packed: Mapping[str, torch.Tensor | None], stack: str) -> tuple[CpuWeights, int]:
         """The operator's arguments for one projection of all experts: its weights and its number of outputs."""
@@ -94,30 +109,33 @@ class StackedLayout:
         return {name: (spec, [f"{PREFIX}{name}_{tensor}" for tensor in tensors]) for name, spec in common.items()}
 
     def _can_join(self, stored: Mapping[str, Sequence[GptqTensors]]) -> bool:
-        """Whether these are gate and up, and each expert's two differ in nothing but their numbers."""
+        """Whether these are gate and up, which one product can serve for each expert, and no padding is between."""
         if tuple(stored) != _GATE_UP:
             return False
-        gates, ups = (zip(self.spec.of(name), stored[name], strict=True) for name in _GATE_UP)
-        for (gate, gate_tensors), (up, up_tensors) in zip(gates, ups, strict=True):
-            if replace(gate, sym=up.sym) != up or up.padded_out != up.out_features or up.out_features % _WHOLE:
-                return False
-            g_idx = gate_tensors.g_idx, up_tensors.g_idx
-            if g_idx[0] is not None and g_idx[1] is not None and not g_idx[0].equal(g_idx[1]):
-                return False
-        return True
+        gates, ups = (list(zip(self.spec.of(name), stored[name], strict=True)) for name in _GATE_UP)
+        return all(
+            can_multiply_as_one(gate, gate_tensors.g_idx, up, up_tensors.g_idx)
+            and (gate.out_features, gate.padded_out, gate.stored_g_idx, gate.stored_bias)
+            == (up.out_features, up.padded_out, up.stored_g_idx, up.stored_bias)
+            and (gate_tensors.g_idx is None or up_tensors.g_idx is None or gate_tensors.g_idx.equal(up_tensors.g_idx))
+            and up.padded_out == up.out_features
+            and up.out_features % _WHOLE == 0
+            for (gate, gate_tensors), (up, up_tensors) in zip(gates, ups, strict=True)
+        )
 
-    def _layouts(self, name: str) -> list[CpuLayout]:
-        return [layout_of(spec) for spec in self.spec.of(name)]
 
+def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> tuple[dict[str, torch.Tensor], int]:
+    """Pack each expert's tensors into stacks, its outputs of all ``parts`` side by side; empties ``parts``.
 
-def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> dict[str, torch.Tensor]:
-    """Pack each expert's tensors into stacks, its outputs of all ``parts`` side by side; empties ``parts``."""
+    Returns:
+        The stacks by suffix, and the number of rows in a unit.
+    """
     first = parts[0]
     device = first[0].qweight.device
     unit = min(layout.unit(tensors.g_idx) for layout, tensors in zip(layouts, first, strict=True))
-    places = [layout.places(tensors.g_idx, unit, device) for layout, tensors in zip(layouts, first, strict=True)]
-    rows = max(place.rows for place in places)
-    moved = any(place.order is not None for place in places)
+    orders = [layout.row_order(tensors.g_idx, unit, device) for layout, tensors in zip(layouts, first, strict=True)]
+    rows = max(order.rows for order in orders)
+    moved = any(order.order is not None for order in orders)
     dtypes = {suffix: _common([tensors for part in parts for tensors in part], suffix) for suffix in KEPT}
     stacks: dict[str, torch.Tensor] = {}
     for expert, layout in enumerate(layouts):
@@ -134,7 +152,7 @@ def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> 
                 own = stacks[suffix][expert]
                 own = own if dim is None else own.chunk(len(parts), dim)[number]
                 own.copy_(tensor)
-    return stacks
+    return stacks, unit
 
 
 def _common(stored: Sequence[GptqTensors], suffix: str) -> torch.dtype | None:
@@ -146,10 +164,7 @@ def _common(stored: Sequence[GptqTensors], suffix: str) -> torch.dtype | None:
 class CpuExperts:
     """Projection by projection, each expert's tokens together; activation, biases and norm as the model has them."""
 
-    name = "cpu"
-    priority = 50
-
-    def judge(self, request: ExpertsRequest) -> Verdict:
+    def judge(self, request: Request[ExpertsSpec]) -> Verdict:
         """Accept experts on a CPU that are packed alike."""
         verdict = judge_cpu(request)
         if isinstance(verdict, Rejected):
@@ -167,11 +182,12 @@ class CpuExperts:
 
     @torch.amp.autocast("cpu", enabled=False)  # which would refuse to join float16 tensors
     def experts(
-        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, module: ExpertsModule, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Shapes as in :meth:`QuantExperts.forward`; differentiable in ``x`` and the weights."""
-        layout, packed = module.layout, module.tensors
+        layout, packed, form = module.layout, module.tensors, module.form
         assert isinstance(layout, StackedLayout)
+        assert isinstance(form, StackedForm)
         index = top_k_index.flatten()
         expert, slot = index.masked_fill(index < 0, module.num_experts).sort(stable=True)
         token = slot.div(top_k_index.shape[1], rounding_mode="floor")
@@ -181,7 +197,7 @@ class CpuExperts:
             weights, outputs = layout.weights(packed, stack)
             return product("cpu_experts_linear", rows, token, expert, *weights, outputs)
 
-        names = (_JOINED,) if layout.is_joined(packed) else module.spec.names[:-1]
+        names = (_JOINED,) if form.is_joined else module.spec.names[:-1]
         ups = [multiply(x, token, name) for name in names]
         hidden = ups[0] if len(ups) == 1 else torch.cat(ups, dim=-1)
         if module.spec.names[:-1] == _GATE_UP and not module.spec.is_concatenated:

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.packing import pack_codes, unpack_codes, zero_points
-from graftq.quant_linear.row_order import Places, places_of, stored_rows, unit_of
+from graftq.quant_linear.row_order import RowOrder, common_unit, order_rows, stored_rows
 from graftq.quant_linear.spec import QuantSpec
 
 _CHUNK_CODES = 1 << 20  # codes repacked at a time: bounds what the load needs beside the weights themselves
@@ -47,44 +47,45 @@ class CpuLayout:
     OUTPUTS: ClassVar[Mapping[str, int]]
     """The dimension of outputs in the tensors that have one."""
 
-    def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
-        """Repack.
+    def pack(self, tensors: GptqTensors) -> Packed:
+        """Repack; the form is the number of rows in a unit.
 
         Args:
             tensors: One projection as stored; ``g_idx`` must be there if the spec says act-order, in range.
         """
         return self.pack_in(tensors, self.unit(tensors.g_idx))
 
-    def pack_in(self, tensors: GptqTensors, unit: int) -> dict[str, torch.Tensor]:
+    def pack_in(self, tensors: GptqTensors, unit: int) -> Packed:
         """:meth:`pack` in units of a given size, no larger than :meth:`unit`'s."""
-        places = self.places(tensors.g_idx, unit, tensors.qweight.device)
+        places = self.row_order(tensors.g_idx, unit, tensors.qweight.device)
         packed = {
             "codes": self._pack_codes(tensors.qweight, places),
             "scales_and_zeros": self._scales_and_zeros(tensors, places),
-            "groups": places.groups.to(torch.int32),
+            "groups": places.unit_group.to(torch.int32),
             "scales": tensors.scales,
             "qzeros": tensors.qzeros,
         }
         if places.order is not None:
-            packed["order"] = places.order.clamp(max=self.spec.in_features).to(torch.int32)
+            packed["order"] = places.order.clamp(max=self.spec.in_features)
         optional = {"g_idx": tensors.g_idx, "bias": tensors.bias}
-        return packed | {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return Packed(packed | {name: tensor for name, tensor in optional.items() if tensor is not None}, unit)
 
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
+    def unpack(self, packed: Packed) -> GptqTensors:
         """Restore the checkpoint tensors bit for bit, the unused bits of the last words included."""
         codes, g_idx = packed["codes"], packed.get("g_idx")
-        places = self.places(g_idx, self.rows(codes) // len(packed["groups"]), codes.device)
+        assert isinstance(packed.form, int)
+        places = self.row_order(g_idx, packed.form, codes.device)
         return GptqTensors(
             self._unpack_codes(codes, places), packed["qzeros"], packed["scales"], g_idx, packed.get("bias")
         )
 
     def unit(self, g_idx: torch.Tensor | None) -> int:
         """The largest unit that divides every group; the smallest if none does."""
-        return unit_of(self.spec, g_idx, self.UNITS)
+        return common_unit(self.spec, g_idx, self.UNITS)
 
-    def places(self, g_idx: torch.Tensor | None, unit: int, device: torch.device) -> Places:
+    def row_order(self, g_idx: torch.Tensor | None, unit: int, device: torch.device) -> RowOrder:
         """Where the input rows go, in units of ``unit`` rows; ``g_idx`` as stored, for act-order."""
-        return places_of(self.spec, g_idx, unit, device)
+        return order_rows(self.spec, g_idx, unit, device)
 
     def pad(self, packed: dict[str, torch.Tensor], rows: int, unit: int) -> None:
         """Give ``packed`` an ``order``, and places up to ``rows``."""
@@ -102,13 +103,13 @@ class CpuLayout:
         """Places that ``codes`` has."""
 
     @abstractmethod
-    def _pack_codes(self, qweight: torch.Tensor, places: Places) -> torch.Tensor: ...
+    def _pack_codes(self, qweight: torch.Tensor, places: RowOrder) -> torch.Tensor: ...
 
     @abstractmethod
-    def _unpack_codes(self, packed: torch.Tensor, places: Places) -> torch.Tensor: ...
+    def _unpack_codes(self, packed: torch.Tensor, places: RowOrder) -> torch.Tensor: ...
 
     @abstractmethod
-    def _scales_and_zeros(self, tensors: GptqTensors, places: Places) -> torch.Tensor: ...
+    def _scales_and_zeros(self, tensors: GptqTensors, places: RowOrder) -> torch.Tensor: ...
 
     @abstractmethod
     def _pad_codes(self, packed: dict[str, torch.Tensor], rows: int, units: int) -> None: ...
@@ -118,7 +119,7 @@ class CpuLayout:
         words = torch.nn.functional.pad(qweight, (0, 0, 0, -len(qweight) % self.spec.bits))
         return unpack_codes(words, self.spec.bits, stored_rows(self.spec))
 
-    def _words(self, codes: torch.Tensor, places: Places) -> torch.Tensor:
+    def _words(self, codes: torch.Tensor, places: RowOrder) -> torch.Tensor:
         """Codes at their places [rows, columns], back to columns of ``qweight``."""
         count = stored_rows(self.spec)
         if places.order is None:
@@ -126,7 +127,7 @@ class CpuLayout:
         else:
             real = places.order < count
             stored = codes.new_empty(count, codes.shape[1])
-            stored[places.order[real]] = codes[: places.rows][real]
+            stored[places.order[real].long()] = codes[: places.rows][real]
         return pack_codes(stored, self.spec.bits)[: self.spec.packed_rows]
 
     def _chunks(self, count: int, width: int) -> list[slice]:
@@ -171,7 +172,7 @@ class Int4Layout(CpuLayout):
         """Places that ``codes`` has."""
         return codes.shape[1] // self.halves
 
-    def _pack_codes(self, qweight: torch.Tensor, places: Places) -> torch.Tensor:
+    def _pack_codes(self, qweight: torch.Tensor, places: RowOrder) -> torch.Tensor:
         block, bits, count = self.block, self.spec.bits, stored_rows(self.spec)
         packed = qweight.new_zeros(self._blocks, self.halves, places.rows, block // 2, dtype=torch.uint8)
         order = None if places.order is None else places.order.clamp(max=count - 1)
@@ -186,14 +187,14 @@ class Int4Layout(CpuLayout):
                 packed[chunk, half, : len(pairs)] = pairs.transpose(0, 1)
         return packed.flatten(1, 2)
 
-    def _unpack_codes(self, packed: torch.Tensor, places: Places) -> torch.Tensor:
+    def _unpack_codes(self, packed: torch.Tensor, places: RowOrder) -> torch.Tensor:
         columns = []
         for chunk in self._chunks(self._blocks, self.block):
             codes = torch.cat(bytes_of(packed[chunk], self.halves), -1).transpose(0, 1).flatten(1)
             columns.append(self._words(codes - shift_of(self.spec.bits), places))
         return torch.cat(columns, 1)[:, : self.spec.padded_out].contiguous()
 
-    def _scales_and_zeros(self, tensors: GptqTensors, places: Places) -> torch.Tensor:
+    def _scales_and_zeros(self, tensors: GptqTensors, places: RowOrder) -> torch.Tensor:
         spec = self.spec
         scales, zeros = _rounded_scales_and_zeros(tensors, spec)
         shape = (self.halves, spec.num_groups, self._blocks * self.block, 2)
@@ -204,7 +205,7 @@ class Int4Layout(CpuLayout):
             real[1, ..., 0], real[1, ..., 1] = scales, zeros - zeros.bfloat16().float()  # what rounding left over
             scales = 16 * scales
         real[0, ..., 0], real[0, ..., 1] = scales, zeros
-        return paired.index_select(1, places.groups).flatten(0, 1)
+        return paired.index_select(1, places.unit_group).flatten(0, 1)
 
     def _pad_codes(self, packed: dict[str, torch.Tensor], rows: int, units: int) -> None:
         pad = torch.nn.functional.pad
@@ -232,8 +233,8 @@ class Int8Layout(CpuLayout):
         """Places that ``codes`` has."""
         return codes.shape[0] * codes.shape[2]
 
-    def _pack_codes(self, qweight: torch.Tensor, places: Places) -> torch.Tensor:
-        units, unit, columns = len(places.groups), places.unit, qweight.shape[1]
+    def _pack_codes(self, qweight: torch.Tensor, places: RowOrder) -> torch.Tensor:
+        units, unit, columns = len(places.unit_group), places.unit, qweight.shape[1]
         packed = qweight.new_zeros(units, columns, unit, dtype=torch.int8)
         for chunk in self._chunks(columns, 1):
             codes = self._stored_codes(qweight[:, chunk]) ^ 128
@@ -244,14 +245,14 @@ class Int8Layout(CpuLayout):
             packed[:, chunk] = codes.view(torch.int8).view(units, unit, -1).transpose(1, 2)
         return packed
 
-    def _unpack_codes(self, packed: torch.Tensor, places: Places) -> torch.Tensor:
+    def _unpack_codes(self, packed: torch.Tensor, places: RowOrder) -> torch.Tensor:
         columns = []
         for chunk in self._chunks(packed.shape[1], 1):
             codes = packed[:, chunk].transpose(1, 2).flatten(0, 1).view(torch.uint8) ^ 128
             columns.append(self._words(codes, places))
         return torch.cat(columns, 1).contiguous()
 
-    def _scales_and_zeros(self, tensors: GptqTensors, places: Places) -> torch.Tensor:
+    def _scales_and_zeros(self, tensors: GptqTensors, places: RowOrder) -> torch.Tensor:
         spec = self.spec
         scales, zeros = _rounded_scales_and_zeros(tensors, spec)
         shape = (spec.num_groups, 3, spec.padded_out)
@@ -259,7 +260,7 @@ class Int8Layout(CpuLayout):
         real = paired[:, :, : spec.out_features]
         real[:, 0], real[:, 1] = scales, zeros
         real[:, 2] = zeros - real[:, 1].float()  # what rounding left over
-        return paired.index_select(0, places.groups)
+        return paired.index_select(0, places.unit_group)
 
     def _pad_codes(self, packed: dict[str, torch.Tensor], rows: int, units: int) -> None:
         pad = torch.nn.functional.pad

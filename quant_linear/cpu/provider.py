@@ -11,7 +11,7 @@ from graftq.quant_linear.cpu.availability import judge_cpu, layout_of, weights_o
 from graftq.quant_linear.cpu.experts import CpuExperts
 from graftq.quant_linear.cpu.layout import CpuLayout
 from graftq.quant_linear.cpu.ops import product
-from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
+from graftq.quant_linear.selection import KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -23,10 +23,14 @@ class CpuProvider:
 
     name = "cpu"
     priority = 50
+    experts = CpuExperts()
 
-    def judge(self, request: Request) -> Verdict:
+    def judge(self, request: Request[QuantSpec]) -> Verdict:
         """Accept every projection on a CPU."""
         return judge_cpu(request)
+
+    def prepare(self) -> None:
+        """Nothing to prepare: importing this module has defined the operators."""
 
     def layout(self, spec: QuantSpec) -> CpuLayout:
         """Nibbles or bytes in the order of this machine's kernel."""
@@ -50,9 +54,3 @@ class CpuProvider:
 def graftq_kernels() -> Iterable[KernelProvider]:
     """Register the CPU kernels."""
     return [CpuProvider()]
-
-
-@pluggy.HookimplMarker("graftq")
-def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
-    """Register their form for experts."""
-    return [CpuExperts()]

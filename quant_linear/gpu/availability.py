@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Request, Verdict
+from graftq.quant_linear.selection import Accepted, Rejected, Request, Verdict
 
 
-def judge_triton(request: Request | ExpertsRequest) -> Verdict:
+def judge_triton(request: Request[Any]) -> Verdict:
     """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
     if request.device not in ("cuda", "xpu"):
         return Rejected(f"no Triton kernels for device type {request.device}")

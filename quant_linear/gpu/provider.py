@@ -13,7 +13,7 @@ from graftq.quant_linear.gpu.availability import judge_triton, start_triton
 from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
 from graftq.quant_linear.gpu.experts.provider import TritonExperts
 from graftq.quant_linear.gpu.tiled_layout import TiledLayout
-from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Verdict
+from graftq.quant_linear.selection import KernelProvider, Request, Verdict
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -22,16 +22,21 @@ class TritonProvider:
 
     name = "triton"
     priority = 100
+    experts = TritonExperts()
 
-    def judge(self, request: Request) -> Verdict:
+    def judge(self, request: Request[QuantSpec]) -> Verdict:
         """Accept fp16 and bf16 on GPUs, wherever Triton is installed."""
         return judge_triton(request)
 
-    def layout(self, spec: QuantSpec) -> TiledLayout:
-        """Tiles in the order of the matrix instructions."""
-        import graftq.quant_linear.gpu.linear_ops  # noqa: F401 - whoever packs will multiply
+    def prepare(self) -> None:
+        """Define the operators, and let Triton start while a model loads rather than at its first token."""
+        import graftq.quant_linear.gpu.experts.autograd
+        import graftq.quant_linear.gpu.linear_ops  # noqa: F401 - both define operators
 
         start_triton()
+
+    def layout(self, spec: QuantSpec) -> TiledLayout:
+        """Tiles in the order of the matrix instructions."""
         return TiledLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
@@ -69,9 +74,3 @@ def _ops() -> Any:
 def graftq_kernels() -> Iterable[KernelProvider]:
     """Register the Triton kernels."""
     return [TritonProvider()]
-
-
-@pluggy.HookimplMarker("graftq")
-def graftq_experts_kernels() -> Iterable[ExpertsProvider]:
-    """Register their form for experts."""
-    return [TritonExperts()]

@@ -1,7 +1,8 @@
-"""Layers that are called one after the other with the same input, multiplied in one: q, k and v; gate and up.
+"""One product for layers that are called one after the other with the same input: q, k and v; gate and up.
 
-Each keeps its name, its spec and its tensors: the first one's tensors go on where its own rows end, with the others',
-whose tensors are views of them. So the first layer's call can compute for all, and the others' calls only look up.
+Each layer keeps its name, its spec and its tensors. The first layer's tensors continue with the output rows of the
+others, whose own tensors are views into them. So the first layer's call computes for all, and the others return their
+part of its output.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
 from graftq.quant_linear.gpu.tiled_layout import PADDED_N, TiledLayout
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.row_order import can_multiply_as_one
 
 logger = logging.getLogger(__name__)
 
-_ALIKE = ("bits", "in_features", "group_size", "num_groups", "desc_act", "sym", "zero_offset", "padded_in", "has_bias")
 _SIDE_BY_SIDE = {"codes": 0, "high": 0, "scales": 1, "qzeros": 1, "bias": 0}
 """The dimension of outputs in the tensors of ``TiledLayout`` that have one."""
 
@@ -28,8 +29,8 @@ _SIDE_BY_SIDE = {"codes": 0, "high": 0, "scales": 1, "qzeros": 1, "bias": 0}
 def join_siblings(layers: Sequence[QuantLinear]) -> bool:
     """Let the first of ``layers`` multiply for all, if they allow it: same kernel, same act-order, nothing padded.
 
-    To be called once they are bound. They are expected to be called in this order, with the same tensor each; should
-    they not be, they go back to multiplying one by one. While gradients are recorded they always do.
+    Call it once they are bound. The layers are expected to be called in this order, each with the same tensor. If they
+    are not, they go back to multiplying one by one. While gradients are recorded they always multiply one by one.
 
     Returns:
         Whether they were joined.
@@ -47,42 +48,56 @@ def join_siblings(layers: Sequence[QuantLinear]) -> bool:
             width = tensor.shape[dimension]
             layer.hold({name: whole.narrow(dimension, start, width) if start else whole})
             start += width
-    joint = SiblingProduct(layers)
+    shared = SiblingProduct(layers)
     for place, layer in enumerate(layers):
-        layer.joint = (joint, place)
+        layer.shared = (shared, place)
     return True
 
 
 def _can_join(layers: Sequence[QuantLinear]) -> bool:
-    kind, order = _kind(layers[0]), layers[0]._parameters.get("order")
-    for layer in layers:
-        own = layer._parameters.get("order")
-        if (
-            layer.joint is not None
-            or not isinstance(layer.layout, TiledLayout)
-            or _kind(layer) != kind
-            or layer.spec.padded_out != layer.spec.out_features
-            or layer.spec.out_features % PADDED_N
-            or (own is None) != (order is None)
-            or (own is not order and own is not None and order is not None and not torch.equal(own, order))
-        ):
-            return False
-    return True
+    first = layers[0]
+    g_idx, kind = first._parameters.get("g_idx"), _kind(first)
+    return all(
+        layer.shared is None
+        and isinstance(layer.layout, TiledLayout)
+        and _kind(layer) == kind
+        and layer.spec.padded_out == layer.spec.out_features
+        and layer.spec.out_features % PADDED_N == 0
+        and can_multiply_as_one(first.spec, g_idx, layer.spec, layer._parameters.get("g_idx"))
+        for layer in layers
+    )
 
 
 def _kind(layer: QuantLinear) -> tuple[object, ...]:
-    """What joined layers have in common, besides their act-order."""
+    """What the kernel wants joined layers to have in common, besides what one product needs anyway."""
     tensors = [layer._parameters.get(name) for name in ("codes", "scales", "bias")]
     stored = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in tensors]
-    rows = None if tensors[1] is None else tensors[1].shape[0]
-    return (type(layer.provider), layer.dtype, *(getattr(layer.spec, name) for name in _ALIKE), *stored, rows)
+    return (type(layer.provider), layer.dtype, layer.spec.sym, layer.spec.has_bias, layer.form, *stored)
 
 
 class SiblingProduct:
     """The product of joined layers, and the parts of its output that are still to be fetched.
 
-    That the layers are called with the same tensor does not say that it still holds the same numbers. So the first
-    time the numbers are compared, eagerly: what comes before that, compiled, traced or captured, multiplies one by one.
+    That the layers are called with the same tensor does not say that it still holds the same values. So the first
+    time the values are compared, eagerly: what comes before that, compiled, traced or captured, multiplies one by one.
+
+    ::
+
+        unproven, idle --first called, eagerly--> unproven, waiting (x, outputs, a copy of x's values)
+              |                                         |  others called in turn with the same x and values,
+              | called while compiled,                  |  the last of them fetches its output
+              | traced or captured: each                v
+              | multiplies by itself             proven, idle <-----------------+
+              | (no change of state)                    |                       | the last one fetches
+              |                                         | first called          | its output
+              |                                         v                       |
+              |                                  proven, waiting (x, outputs) --+
+              |                                         |
+              +---- any other call, any state: ---------+
+                    dissolved for good; each layer multiplies by itself
+
+    A call's state is one attribute, replaced as a whole, and read once per call: threads that interleave their calls
+    find another thread's ``x``, and dissolve it.
 
     The layers hold this object, and it holds them weakly: a cycle would keep their memory after ``del model``.
     """
@@ -92,8 +107,7 @@ class SiblingProduct:
         self._widths = [layer.out_features for layer in layers]
         total, spec = sum(self._widths), layers[0].spec
         self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
-        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-        self._numbers: torch.Tensor | None = None
+        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None] | None = None
         self._is_proven = False
 
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
@@ -102,16 +116,16 @@ class SiblingProduct:
             return layer.multiply(x, layer.spec)
         waiting = self._waiting
         if place == 0 and waiting is None:
-            parts = layer.multiply(x, self._spec).split(self._widths, -1)
-            self._waiting = (x, parts)
-            if not self._is_proven:
-                self._numbers = _bits(x).clone()
-            return parts[0]
-        if place > 0 and waiting is not None and waiting[0] is x and self._still_holds(x):
-            if place == len(self._widths) - 1:
-                self._waiting = self._numbers = None
-                self._is_proven = True
-            return waiting[1][place]
+            outputs = layer.multiply(x, self._spec).split(self._widths, -1)
+            self._waiting = (x, outputs, None if self._is_proven else _bits(x).clone())
+            return outputs[0]
+        if place > 0 and waiting is not None:
+            input_, outputs, values = waiting
+            if input_ is x and (values is None or torch.equal(values, _bits(x))):
+                if place == len(self._widths) - 1:
+                    self._waiting = None
+                    self._is_proven = True
+                return outputs[place]
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
 
@@ -125,20 +139,17 @@ class SiblingProduct:
     def _alive(self) -> list[QuantLinear]:
         return [layer for reference in self._layers if (layer := reference()) is not None]
 
-    def _still_holds(self, x: torch.Tensor) -> bool:
-        return self._is_proven or (self._numbers is not None and torch.equal(self._numbers, _bits(x)))
-
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
-        self._waiting = self._numbers = None
+        self._waiting = None
         for layer in self._alive():
-            layer.joint = None
+            layer.shared = None
         if not torch.compiler.is_compiling():
             logger.debug("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """The numbers as integers, since NaN does not equal itself."""
+    """The values' bits as integers, since NaN does not equal itself."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.gpu.split_counters import reserve
-from graftq.quant_linear.layouts import GptqTensors
-from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
+from graftq.quant_linear.layouts import GptqTensors, Packed
+from graftq.quant_linear.packing import pack_codes, unpack_codes
+from graftq.quant_linear.row_order import NO_ROW, RowOrder, has_even_groups, order_rows, stored_rows
 from graftq.quant_linear.spec import QuantSpec
 
 TILE_N = 64
@@ -24,35 +25,8 @@ ATOM_K = 128
 UNIT = 16
 """Input rows that share a scale where the checkpoint's own groups suit no kernel."""
 
-NO_ROW = 2**31 - 1
-"""Entry of ``order`` for a row of padding: beyond any input, so that the kernels' bounds check skips it."""
-
 CHUNK_TILES = 32
 """Output tiles repacked at a time: bounds what the load needs beside the weights themselves."""
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """Where each stored input row goes.
-
-    Attributes:
-        order: int32 [rows], the stored row at each place (:data:`NO_ROW` for padding), or None if nothing moves.
-        unit_group: int64 [rows / UNIT], the group of each unit, or None if the groups stay as they are.
-        rows: Places, a multiple of :data:`ATOM_K`.
-    """
-
-    order: torch.Tensor | None
-    unit_group: torch.Tensor | None
-    rows: int
-
-    def padded(self, rows: int) -> RowOrder:
-        """The same with padding up to ``rows`` places, a multiple of :data:`ATOM_K`."""
-        order, unit_group = self.order, self.unit_group
-        if order is not None:
-            order = torch.nn.functional.pad(order, (0, rows - self.rows), value=NO_ROW)
-        if unit_group is not None:
-            unit_group = torch.cat([unit_group, unit_group[-1:].expand((rows - self.rows) // UNIT)])
-        return RowOrder(order, unit_group, rows)
 
 
 @dataclass(frozen=True)
@@ -71,7 +45,7 @@ class TiledLayout:
     bias    as stored, if stored
     ======= ================================== ====================================================================
 
-    A layer that others are joined to (``joint``) holds their output rows behind its own, in all tensors.
+    A layer that others are joined to (``siblings``) holds their output rows behind its own, in all tensors.
 
     Act-order sorts the input rows by group (stable), so that groups are contiguous; the activations are gathered
     through ``order``. A group size that no kernel knows, or groups of uneven length, are cut into units of 16 rows
@@ -84,124 +58,94 @@ class TiledLayout:
         """Input rows per row of ``scales``, as the kernels are told it: 0 for a single group.
 
         Args:
-            scale_rows: Rows of the packed ``scales``; they tell whether :meth:`pack` regrouped.
+            scale_rows: Rows of the packed ``scales``: all that an operator sees of whether they are in units.
         """
         if self.spec.num_groups == 1 and scale_rows == 1:
             return 0
-        kept = scale_rows == self.spec.num_groups and _is_native(self.spec.group_size)
-        return self.spec.group_size if kept else UNIT
+        in_units = scale_rows != self.spec.num_groups or not _is_native(self.spec.group_size)
+        return UNIT if in_units else self.spec.group_size
 
-    def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
-        """Repack, on the device the tensors are on.
+    def pack(self, tensors: GptqTensors) -> Packed:
+        """Repack, on the device the tensors are on; the form is whether scales are stored per unit of 16 rows.
 
         Args:
             tensors: One projection as stored; ``g_idx`` must be there if the spec says act-order, in range.
         """
         reserve(tensors.qweight.device)
-        plan = self.plan(tensors.g_idx, tensors.qweight.device)
+        in_units = self.needs_units(tensors.g_idx)
+        order = self.row_order(tensors.g_idx, tensors.qweight.device, in_units)
         tiles = -(-self.spec.padded_out // PADDED_N) * (PADDED_N // TILE_N)
-        parts: list[dict[str, torch.Tensor]] = []
+        chunks: list[dict[str, torch.Tensor]] = []
         for start in range(0, tiles, CHUNK_TILES):
             stop = min(start + CHUNK_TILES, tiles)
             qweight = tensors.qweight[:, start * TILE_N : stop * TILE_N]
             qweight = torch.nn.functional.pad(qweight, (0, (stop - start) * TILE_N - qweight.shape[1]))
-            parts.append(self.to_tiles(qweight, plan))
-        packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            chunks.append(self.to_tiles(qweight, order))
+        packed = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         packed["scales"], packed["qzeros"] = tensors.scales, tensors.qzeros
-        if plan.unit_group is not None:
-            packed["scales"] = tensors.scales[plan.unit_group]
-            packed["qzeros"] = tensors.qzeros[plan.unit_group]
-        optional = {"order": plan.order, "g_idx": tensors.g_idx, "bias": tensors.bias}
-        return packed | {name: tensor for name, tensor in optional.items() if tensor is not None}
+        if in_units:
+            packed["scales"] = tensors.scales[order.unit_group]
+            packed["qzeros"] = tensors.qzeros[order.unit_group]
+        optional = {"order": order.order, "g_idx": tensors.g_idx, "bias": tensors.bias}
+        return Packed(packed | {name: tensor for name, tensor in optional.items() if tensor is not None}, in_units)
 
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
+    def unpack(self, packed: Packed) -> GptqTensors:
         """Restore the checkpoint tensors bit for bit, the unused bits of the last words included."""
         spec = self.spec
-        plan = self.plan(packed.get("g_idx"), packed["codes"].device)
-        qweight = self.from_tiles(packed, plan)[:, : spec.padded_out].contiguous()
+        order = self.row_order(packed.get("g_idx"), packed["codes"].device, bool(packed.form))
+        qweight = self.from_tiles(packed, order)[:, : spec.padded_out].contiguous()
         scales = _own(packed["scales"], spec.padded_out)
         qzeros = _own(packed["qzeros"], spec.packed_zero_columns)
         bias = packed.get("bias")
-        if plan.unit_group is not None:
-            first = torch.searchsorted(plan.unit_group, torch.arange(spec.num_groups, device=scales.device))
+        if packed.form:
+            first = order.first_units(spec.num_groups)
             scales, qzeros = scales[first], qzeros[first]
         bias = None if bias is None else _own(bias, spec.stored_bias)
         return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), bias)
 
-    def to_tiles(self, qweight: torch.Tensor, plan: RowOrder) -> dict[str, torch.Tensor]:
+    def to_tiles(self, qweight: torch.Tensor, order: RowOrder) -> dict[str, torch.Tensor]:
         """Whole tiles of columns of ``qweight`` [packed_rows, 64 * tiles] as ``codes``, and ``high`` for 3 bits."""
         bits = self.spec.bits
         qweight = torch.nn.functional.pad(qweight, (0, 0, 0, -len(qweight) % bits))
-        return _to_words(self._place(unpack_codes(qweight, bits, self._stored_rows), plan), bits)
+        return _to_words(_place(unpack_codes(qweight, bits, stored_rows(self.spec)), order), bits)
 
-    def from_tiles(self, tiles: Mapping[str, torch.Tensor], plan: RowOrder) -> torch.Tensor:
+    def from_tiles(self, tiles: Mapping[str, torch.Tensor], order: RowOrder) -> torch.Tensor:
         """The inverse of :meth:`to_tiles`."""
-        columns = []
+        columns, stored = [], stored_rows(self.spec)
         for start in range(0, len(tiles["codes"]), CHUNK_TILES):
             chunk = {name: tiles[name][start : start + CHUNK_TILES] for name in ("codes", "high") if name in tiles}
             placed = _from_words(chunk, self.spec.bits)
-            if plan.order is None:
-                codes = placed[: self._stored_rows]
+            if order.order is None:
+                codes = placed[:stored]
             else:
-                codes = placed.new_empty(self._stored_rows, placed.shape[1])
-                real = plan.order != NO_ROW
-                codes[plan.order[real].long()] = placed[real]
+                codes = placed.new_empty(stored, placed.shape[1])
+                real = order.order != NO_ROW
+                codes[order.order[real].long()] = placed[real]
             columns.append(pack_codes(codes, self.spec.bits)[: self.spec.packed_rows])
         return torch.cat(columns, 1)
 
-    @property
-    def _stored_rows(self) -> int:
-        """Codes that a column of ``qweight`` holds once it is padded to whole blocks of 32."""
-        return -(-self.spec.packed_rows // self.spec.bits) * 32
+    def needs_units(self, g_idx: torch.Tensor | None) -> bool:
+        """Whether scales have to be stored per unit: no kernel knows the group size, or groups are uneven."""
+        spec = self.spec
+        return spec.num_groups > 1 and not (_is_native(spec.group_size) and has_even_groups(spec, g_idx))
 
-    def plan(self, g_idx: torch.Tensor | None, device: torch.device, in_units: bool = False) -> RowOrder:
+    def row_order(self, g_idx: torch.Tensor | None, device: torch.device, in_units: bool) -> RowOrder:
         """Where the input rows go.
 
         Args:
             g_idx: As stored; must be there if the spec says act-order.
-            device: Where to make the plan's tensors.
-            in_units: Whether to cut the groups into units even if kernels know their size.
+            device: Where to make the tensors.
+            in_units: Whether each group is padded to whole units of 16 rows.
         """
-        spec, stored = self.spec, self._stored_rows
-        in_order = RowOrder(None, None, -(-stored // ATOM_K) * ATOM_K)
-        if spec.num_groups == 1:
-            return in_order
-        native = _is_native(spec.group_size) and not in_units
-        if not spec.desc_act:
-            if native:
-                return in_order
-            group = sequential_g_idx(spec, device)
-        else:
-            if g_idx is None:
-                raise ValueError("act-order needs g_idx")
-            group = g_idx
-        group = group.long()
-        by_group = torch.argsort(group, stable=True)
-        rest = torch.arange(len(group), stored, device=device)  # filling of the last words: no group, to the end
-        sorted_group = group[by_group]
-        even = torch.equal(sorted_group, torch.arange(len(group), device=device) // spec.group_size)
-        if even and native:
-            places, unit_group = torch.arange(stored, device=device), None
-            rows = in_order.rows
-        else:
-            counts = torch.bincount(group, minlength=spec.num_groups)
-            units = (counts + UNIT - 1).div(UNIT, rounding_mode="floor").clamp(min=1)  # an empty group keeps its scale
-            first_place = (units.cumsum(0) - units) * UNIT
-            rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[sorted_group]
-            used = int(units.sum()) * UNIT
-            rows = -(-(used + len(rest)) // ATOM_K) * ATOM_K
-            filling = torch.full(((rows - used) // UNIT,), spec.num_groups - 1, device=device)
-            unit_group = torch.cat([torch.repeat_interleave(units), filling])
-            places = torch.cat([first_place[sorted_group] + rank, used + torch.arange(len(rest), device=device)])
-        order = torch.full((rows,), NO_ROW, dtype=torch.int32, device=device)
-        order[places] = torch.cat([by_group, rest]).to(torch.int32)
-        return RowOrder(order, unit_group, rows)
+        unit = UNIT if in_units or self.spec.num_groups == 1 else min(self.spec.group_size, ATOM_K)
+        return order_rows(self.spec, g_idx, unit, device, multiple=ATOM_K)
 
-    def _place(self, codes: torch.Tensor, plan: RowOrder) -> torch.Tensor:
-        """Stored rows to their places: uint8 [stored, n] to [plan.rows, n], padding 0."""
-        if plan.order is None:
-            return torch.nn.functional.pad(codes, (0, 0, 0, plan.rows - len(codes)))
-        return torch.where((plan.order != NO_ROW)[:, None], codes[plan.order.clamp(max=len(codes) - 1).long()], 0)
+
+def _place(codes: torch.Tensor, order: RowOrder) -> torch.Tensor:
+    """Stored rows to their places: uint8 [stored, n] to [order.rows, n], padding 0."""
+    if order.order is None:
+        return torch.nn.functional.pad(codes, (0, 0, 0, order.rows - len(codes)))
+    return torch.where((order.order != NO_ROW)[:, None], codes[order.order.clamp(max=len(codes) - 1).long()], 0)
 
 
 def _own(tensor: torch.Tensor, width: int) -> torch.Tensor:

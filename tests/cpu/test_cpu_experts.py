@@ -10,13 +10,13 @@ import torch
 from support.experts import ORDERS, STYLES, Experts, build, expected, routing
 from support.projections import Shape, relative_error
 
-from graftq.plugin.manager import choose_experts_kernel
+from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.cpu import kernels as cpu_kernels
-from graftq.quant_linear.cpu.experts import CpuExperts
+from graftq.quant_linear.cpu.provider import CpuProvider
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
-from graftq.quant_linear.reference import TorchExperts
-from graftq.quant_linear.selection import ExpertsProvider, ExpertsRequest, Rejected
+from graftq.quant_linear.reference import TorchProvider
+from graftq.quant_linear.selection import KernelProvider, Rejected, Request
 
 JOINED = {
     "act-order": Experts(inner=64),
@@ -59,7 +59,7 @@ def assert_restored(module: QuantExperts, stored: list[dict[str, tuple[Shape, Gp
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product(case: Experts, dtype: torch.dtype) -> None:
     for tokens, top_k in ((1, 2), (9, 3)):
-        module = case.module(CpuExperts(), dtype=dtype)
+        module = case.module(CpuProvider(), dtype=dtype)
         arguments = run(module, tokens, top_k, dtype, case.hidden)
         out = module(*arguments)
         assert out.dtype == dtype
@@ -72,7 +72,7 @@ def test_eight_bits_kept_as_bytes(order: str, inner: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu_kernels, "_LEAST_BYTES", {})
     case = Experts(bits=8, inner=inner, sym=False, group=16, order=order, bias=True)
     for dtype, tolerance in TOLERANCE.items():
-        module = case.module(CpuExperts(), dtype=dtype)
+        module = case.module(CpuProvider(), dtype=dtype)
         arguments = run(module, 9, 3, dtype, case.hidden)
         assert relative_error(module(*arguments), expected(case, *arguments, module)) < tolerance
     assert_restored(module, case.tensors())
@@ -80,14 +80,14 @@ def test_eight_bits_kept_as_bytes(order: str, inner: int, monkeypatch: pytest.Mo
 
 def test_many_tokens_of_few_experts() -> None:
     case = Experts(count=2)
-    module = case.module(CpuExperts(), dtype=torch.bfloat16)
+    module = case.module(CpuProvider(), dtype=torch.bfloat16)
     arguments = run(module, 120, 1, torch.bfloat16, case.hidden)
     assert relative_error(module(*arguments), expected(case, *arguments)) < 1e-2
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 6])
-@pytest.mark.parametrize("provider", [CpuExperts(), TorchExperts()], ids=["cpu", "torch"])
-def test_experts_of_other_ranks_add_nothing(provider: ExpertsProvider, tokens: int) -> None:
+@pytest.mark.parametrize("provider", [CpuProvider(), TorchProvider()], ids=["cpu", "torch"])
+def test_experts_of_other_ranks_add_nothing(provider: KernelProvider, tokens: int) -> None:
     case = Experts(layer_bias=True)
     module = case.module(provider)
     x, index, weights = run(module, tokens, 2, torch.float32, case.hidden)
@@ -103,7 +103,7 @@ def test_experts_of_other_ranks_add_nothing(provider: ExpertsProvider, tokens: i
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_checkpoint_tensors_come_back(case: Experts) -> None:
     stored = case.tensors()
-    module = build(case, case.tensors(), CpuExperts(), "cpu", torch.bfloat16)
+    module = build(case, case.tensors(), CpuProvider(), "cpu", torch.bfloat16)
     module.bind("cpu", torch.bfloat16)
     assert not list(module.children()) or case.norm
     assert_restored(module, stored)
@@ -119,7 +119,7 @@ def gate_changed(case: Experts, **changes: Any) -> list[dict[str, tuple[Shape, G
 
 @pytest.mark.parametrize("case", JOINED.values(), ids=JOINED.keys())
 def test_gate_and_up_that_are_alike_are_one_projection(case: Experts) -> None:
-    module = case.module(CpuExperts())
+    module = case.module(CpuProvider())
     module.bind("cpu", torch.float32)
     assert module.tensors["packed_gate_up_proj_scales"].shape[-1] == 2 * case.inner
     assert not any(name.startswith(("packed_gate_proj", "packed_up_proj")) for name in module.packed())
@@ -134,7 +134,7 @@ APART = {
 
 @pytest.mark.parametrize("tensors", APART.values(), ids=APART.keys())
 def test_gate_and_up_that_differ_stay_apart(tensors: list[dict[str, tuple[Shape, GptqTensors]]]) -> None:
-    module = build(Experts(), tensors, CpuExperts(), "cpu", torch.float32)
+    module = build(Experts(), tensors, CpuProvider(), "cpu", torch.float32)
     stored = [dict(projections) for projections in tensors]
     module.bind("cpu", torch.float32)
     assert {"packed_gate_proj_codes", "packed_up_proj_codes"} <= module.packed().keys()
@@ -145,7 +145,7 @@ def test_joined_tensors_keep_dtypes_of_their_own() -> None:
     case = Experts(inner=64)
     gate = case.tensors()[1]["gate_proj"][1]
     changes = {"scales": gate.scales.float() / 3, "g_idx": gate.g_idx.long()}
-    module = build(case, gate_changed(case, **changes), CpuExperts(), "cpu", torch.float32)
+    module = build(case, gate_changed(case, **changes), CpuProvider(), "cpu", torch.float32)
     module.bind("cpu", torch.float32)
     assert "packed_gate_up_proj_codes" in module.packed()
     assert_restored(module, gate_changed(case, **changes))
@@ -159,9 +159,9 @@ def test_uneven_groups_and_dtypes_of_their_own() -> None:
         shape, gate = made[1]["gate_proj"]
         uneven = torch.repeat_interleave(torch.tensor([40, 88]))[torch.randperm(128, generator=torch.Generator())]
         made[1]["gate_proj"] = (shape, replace(gate, g_idx=uneven.to(torch.int64), scales=gate.scales.float()))
-    module = build(case, tensors, CpuExperts(), "cpu", torch.float32)
+    module = build(case, tensors, CpuProvider(), "cpu", torch.float32)
     arguments = run(module, 5, 2, torch.float32, case.hidden)
-    wanted = build(case, reference, TorchExperts(), "cpu", torch.float32)(*arguments)
+    wanted = build(case, reference, TorchProvider(), "cpu", torch.float32)(*arguments)
     assert relative_error(module(*arguments), wanted) < 3e-6
     found = module.checkpoint_tensors("gate_proj", 1)
     assert found.g_idx.dtype == torch.int64
@@ -172,7 +172,7 @@ def test_uneven_groups_and_dtypes_of_their_own() -> None:
 @pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
 def test_gradient(inner: int) -> None:
     case = Experts(inner=inner, layer_bias=True, sym=False)
-    module = case.module(CpuExperts())
+    module = case.module(CpuProvider())
     x, index, weights = run(module, 7, 2, torch.float32, case.hidden)
     index[0, 0] = case.count
     grads = []
@@ -189,7 +189,7 @@ def test_gradient(inner: int) -> None:
 @pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
 def test_compiles_into_one_graph(inner: int) -> None:
     case = Experts(inner=inner, layer_bias=True)
-    module = case.module(CpuExperts())
+    module = case.module(CpuProvider())
     arguments = run(module, 3, 2, torch.float32, case.hidden)
     wanted = module(*arguments)
     assert torch.allclose(torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments), wanted)
@@ -199,13 +199,10 @@ def test_experts_that_are_packed_differently_run_one_by_one() -> None:
     case = Experts()
     tensors = case.tensors()
     tensors[0]["up_proj"] = replace(case, bits=8).tensors()[0]["up_proj"]
-    module = build(case, tensors, CpuExperts(), "cpu", torch.float32)
-    request = ExpertsRequest(module.spec, "cpu", torch.float32)
-    verdict = CpuExperts().judge(request)
+    module = build(case, tensors, CpuProvider(), "cpu", torch.float32)
+    request = Request(module.spec, "cpu", torch.float32)
+    verdict = CpuProvider().experts.judge(request)
     assert isinstance(verdict, Rejected)
     assert verdict.reason == "the experts' up_proj differ in bits"
-    assert choose_experts_kernel(request).provider.name == "torch"
-    assert (
-        choose_experts_kernel(ExpertsRequest(case.module(CpuExperts()).spec, "cpu", torch.float32)).provider.name
-        == "cpu"
-    )
+    assert choose_kernel(request).provider.name == "torch"
+    assert choose_kernel(Request(case.module(CpuProvider()).spec, "cpu", torch.float32)).provider.name == "cpu"

@@ -11,6 +11,7 @@ import pytest
 from support.processes import ROOT, evaluate, run
 
 HEAVY = ("torch", "transformers", "triton")
+LIGHT = {"os", "importlib", "logging"}
 FOR_KERNELS = {"torch", "triton", "safetensors", "pluggy"}
 
 
@@ -60,6 +61,12 @@ def test_quant_linear_knows_no_framework(path: Path) -> None:
 @pytest.mark.parametrize("path", sources("plugin"), ids=name)
 def test_plugin_imports_nothing_heavy_at_once(path: Path) -> None:
     assert not {root(module) for module in imported_at_once(of(path))} & {*HEAVY, "huggingface_hub", "safetensors"}
+
+
+def test_the_entry_points_module_imports_nothing_at_once() -> None:
+    entry = of(ROOT / "plugin" / "autoload" / "__init__.py")
+    assert list(imported_at_once(entry)) == []
+    assert {root(module) for module in imported(of(ROOT / "plugin" / "autoload" / "__init__.py"))} <= LIGHT
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "adapters").glob("*/__init__.py")), ids=name)

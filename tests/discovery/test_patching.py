@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.undoing import undoing
 
 from graftq.plugin import patching
 
@@ -26,7 +27,7 @@ def host() -> Iterator[Any]:
     module.load, module.save = lambda: "load", lambda: "save"
     module.registry = {"gptq": lambda: "registered"}
     module.finders = ["stock"]
-    with patching.undoing():
+    with undoing():
         yield module
 
 
@@ -46,7 +47,7 @@ OURS = ("graftq's load", "graftq's registered", "graftq's", ["stock", "graftq's"
 
 
 def test_once_and_back(host: Any) -> None:
-    with patching.undoing():
+    with undoing():
         replace_everything(host)
         replace_everything(host)
         assert state(host) == OURS

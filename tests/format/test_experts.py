@@ -13,10 +13,10 @@ from support.specs import spec_of
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.reference import TorchExperts, TorchProvider
-from graftq.quant_linear.selection import Accepted, ExpertsRequest, Request, Selection, Verdict, select
+from graftq.quant_linear.reference import TorchProvider
+from graftq.quant_linear.selection import Accepted, Request, Selection, Verdict, select
 
 HIDDEN, WIDE, EXPERTS = 64, 32, 3
 
@@ -27,8 +27,8 @@ class HeapLayout:
 
     spec: ExpertsSpec
 
-    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
-        heap = {}
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
+        heap = Packed({})
         for name in self.spec.names:
             for expert in range(self.spec.num_experts):
                 for suffix, tensor in vars(take(name, expert)).items():
@@ -36,16 +36,14 @@ class HeapLayout:
                         heap[f"{name}_{expert}_{suffix}"] = tensor
         return heap
 
-    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+    def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         return GptqTensors(
             **{suffix: packed.get(f"{name}_{expert}_{suffix}") for suffix in GptqTensors.__annotations__}
         )
 
 
 class HeapExperts:
-    name, priority = "heap", 5
-
-    def judge(self, request: ExpertsRequest) -> Verdict:
+    def judge(self, request: Request) -> Verdict:
         return Accepted()
 
     def layout(self, spec: ExpertsSpec) -> HeapLayout:
@@ -57,13 +55,17 @@ class HeapExperts:
         return x * len(module.packed())
 
 
+class HeapProvider(TorchProvider):
+    name, priority, experts = "heap", 5, HeapExperts()
+
+
 def choose_linear(request: Request) -> Selection:
     return select(request, [TorchProvider()])
 
 
-def choose_heap_for_half(request: ExpertsRequest) -> Selection:
-    fused = [HeapExperts()] if request.dtype == torch.float16 else []
-    return select(request, [TorchExperts(), *fused])
+def choose_heap_for_half(request: Request) -> Selection:
+    fused = [HeapProvider()] if request.dtype == torch.float16 else []
+    return select(request, [TorchProvider(), *fused])
 
 
 @pytest.fixture
@@ -116,7 +118,8 @@ def test_what_they_are(tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     assert spec.is_gated
     assert spec.activation is not None
     assert spec.activation.name == "silu"
-    assert all(len(found) == 1 for found in spec.families().values())
+    for _, specs in spec.projections:
+        assert len({(each.bits, each.in_features, each.out_features, each.group_size) for each in specs}) == 1
 
 
 def test_into_a_fused_layout_and_back(tensors: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout
+from graftq.quant_linear.layouts import CheckpointLayout, Layout
 from graftq.quant_linear.reference import TorchProvider
 from graftq.quant_linear.selection import Accepted, NoKernelError, Rejected, Request, Verdict, select
 from graftq.quant_linear.spec import QuantSpec
@@ -18,31 +18,20 @@ SPEC = QuantSpec(4, 64, 32, 32, 2, True, True, 1, 64, 32, 64, 0)
 ACCEPTED = Accepted()
 
 
-@dataclass(frozen=True)
-class Reversed:
-    """A layout that moves something."""
-
-    spec: QuantSpec
-
-    def pack(self, tensors: GptqTensors) -> dict[str, torch.Tensor]:
-        return {"words": tensors.qweight.flip(0)}
-
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> GptqTensors:
-        raise NotImplementedError
-
-
 @dataclass
 class Fake:
     name: str
     priority: int
     verdict: Verdict = ACCEPTED
-    repacks: bool = False
+    experts: None = None
 
     def judge(self, request: Request) -> Verdict:
         return self.verdict
 
+    def prepare(self) -> None: ...
+
     def layout(self, spec: QuantSpec) -> Layout:
-        return Reversed(spec) if self.repacks else CheckpointLayout(spec)
+        return CheckpointLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
         raise NotImplementedError
@@ -83,10 +72,10 @@ def test_nobody_accepts() -> None:
 
 
 def test_offloaded_weights_stay_as_they_are() -> None:
-    repacking = Fake("fast", 10, repacks=True)
+    repacking, keeping = Fake("fast", 10), Fake("slow", 1, Accepted(repacks=False))
     pinned = Request(SPEC, "cpu", torch.float32, pinned=True)
-    assert select(REQUEST, [repacking, SLOW]).provider is repacking
-    assert select(pinned, [repacking, SLOW]).provider is SLOW
+    assert select(REQUEST, [repacking, keeping]).provider is repacking
+    assert select(pinned, [repacking, keeping]).provider is keeping
 
 
 def test_the_reference_accepts_everything() -> None:

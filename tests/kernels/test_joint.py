@@ -48,7 +48,7 @@ def check(layers: list[QuantLinear], stored: list[GptqTensors], x: torch.Tensor,
 
 
 def multiplies_in_one(layers: list[QuantLinear]) -> bool:
-    return all(layer.joint is not None for layer in layers)
+    return all(layer.shared is not None for layer in layers)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -163,7 +163,7 @@ UNLIKE = {
 def test_layers_that_differ_are_left_alone(difference: str, device: str):
     layers = [build(shape, device)[0][0] for shape in (CASES["symmetric"], UNLIKE[difference])]
     assert not join_siblings(layers)
-    assert not any(layer.joint for layer in layers)
+    assert not any(layer.shared for layer in layers)
 
 
 @pytest.mark.parametrize("proven", [True, False], ids=["after an eager call", "before any"])

@@ -96,10 +96,14 @@ def test_act_order_sorts_rows_by_group_and_keeps_their_order_within():
 
 
 def test_group_sizes_without_a_kernel_become_padded_units():
-    shape = Shape(k=240, group=48)
+    shape = Shape(k=240, group=48, act_order=True)
     layout = TiledLayout(shape.spec())
     packed = layout.pack(make(shape))
+    assert packed.form is True
     assert layout.group(packed["scales"].shape[0]) == 16
+    assert "order" not in TiledLayout(replace(shape, act_order=False).spec()).pack(
+        make(replace(shape, act_order=False))
+    )
     assert (packed["order"] != NO_ROW).sum() == 256  # 240, and the 16 that fill the last block of 32
 
 

@@ -13,9 +13,9 @@ from support.experts import ORDERS, STYLES, Experts, build, expected, rebuilt, r
 from support.projections import relative_error
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.experts.provider import TritonExperts
-from graftq.quant_linear.reference import TorchExperts
-from graftq.quant_linear.selection import Accepted, ExpertsRequest, Rejected, Verdict
+from graftq.quant_linear.gpu.provider import TritonProvider
+from graftq.quant_linear.reference import TorchProvider
+from graftq.quant_linear.selection import Accepted, Rejected, Request, Verdict
 
 # Triton's interpreter turns one-element arrays into numbers, which numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -36,7 +36,7 @@ def check(
     size: float = 1.0,
 ) -> None:
     """Run ``case`` fused and by the reference; ``index`` overrides the random routing of a single run."""
-    module = case.module(TritonExperts(), device, dtype)
+    module = case.module(TritonProvider(), device, dtype)
     for count in tokens:
         chosen, weights = routing(count, top_k, case.count, seed=count, device=device)
         chosen = chosen if index is None else index.to(device)
@@ -101,8 +101,8 @@ def test_groups_of_uneven_length_in_one_expert(device: str):
         tensors[1][name] = (shape, replace(stored, g_idx=uneven))
     index, weights = routing(2, 2, 2, device=device)
     x = torch.randn(2, 128, device=device).half()
-    found = build(case, tensors, TritonExperts(), device, torch.float16)(x, index, weights)
-    reference = build(case, tensors, TorchExperts(), device, torch.float32)(x.float(), index, weights)
+    found = build(case, tensors, TritonProvider(), device, torch.float16)(x, index, weights)
+    reference = build(case, tensors, TorchProvider(), device, torch.float32)(x.float(), index, weights)
     assert relative_error(found, reference) < LIMIT[torch.float16]
 
 
@@ -161,7 +161,7 @@ def test_extreme_scales_and_activations(scale: float, size: float, device: str):
 @pytest.mark.parametrize("view", ["transposed", "sliced", "int32"])
 def test_any_strides_and_integers(view: str, device: str):
     case = Experts(count=2)
-    module = case.module(TritonExperts(), device, torch.float16)
+    module = case.module(TritonProvider(), device, torch.float16)
     index, weights = routing(3, 2, 2, device=device)
     x = torch.randn(3, 64, device=device).half()
     if view == "transposed":
@@ -177,7 +177,7 @@ def test_any_strides_and_integers(view: str, device: str):
 def test_gradients_to_activations_and_routing_weights(order: str, device: str):
     """fp16 against float32: the reference's own backward through dequantized weights."""
     case = Experts(order=order, sym=False, layer_bias=True)
-    module = case.module(TritonExperts(), device, torch.float16)
+    module = case.module(TritonProvider(), device, torch.float16)
     index, weights = routing(5, 2, 3, device=device)
     index[0, 0] = 3  # another rank's
     x, grad = torch.randn(2, 5, 64, device=device).half()
@@ -196,7 +196,7 @@ def test_gradients_to_activations_and_routing_weights(order: str, device: str):
 @pytest.mark.parametrize("activation", ["silu", "unknown"])
 def test_compiles_to_one_graph(activation: str, learns: bool, device: str):
     case = Experts(count=2, activation=activation, layer_bias=True)
-    module = case.module(TritonExperts(), device, torch.float16)
+    module = case.module(TritonProvider(), device, torch.float16)
     index, weights = routing(2, 2, 2, device=device)
     x = torch.randn(2, 64, device=device).half().requires_grad_(learns)
     module.bind(device, torch.float16)
@@ -214,7 +214,7 @@ def test_compiles_to_one_graph(activation: str, learns: bool, device: str):
 @pytest.mark.parametrize("tokens", [1, 2, 16, 100, 1500])
 def test_graph_capture_and_repeatable_bits(tokens: int, gpu: str):
     case = Experts(count=16, hidden=2048, inner=768, group=128)
-    module = case.module(TritonExperts(), gpu, torch.float16)
+    module = case.module(TritonProvider(), gpu, torch.float16)
     index, weights = routing(tokens, 4, 16, device=gpu)
     x = torch.randn(tokens, 2048, device=gpu).half()
     eager = module(x, index, weights)
@@ -235,7 +235,7 @@ def test_graph_capture_and_repeatable_bits(tokens: int, gpu: str):
 @pytest.mark.parametrize("activation", ["silu", "unknown"])
 def test_no_host_synchronization(activation: str, gpu: str):
     case = Experts(hidden=512, inner=256, activation=activation)
-    module = case.module(TritonExperts(), gpu, torch.float16)
+    module = case.module(TritonProvider(), gpu, torch.float16)
     runs = [(torch.randn(tokens, 512, device=gpu).half(), *routing(tokens, 2, 3, device=gpu)) for tokens in (1, 5, 500)]
     for run in runs:
         module(*run)  # compiles, and sets up the counters
@@ -254,7 +254,7 @@ def test_the_experts_of_a_real_checkpoint(device: str):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for layer in model.model.layers if FULL else model.model.layers[:1]:
         reference = layer.mlp.experts
-        module = rebuilt(reference, TritonExperts(), device, torch.float16)
+        module = rebuilt(reference, TritonProvider(), device, torch.float16)
         for tokens in (1, 2, 40, 500) if FULL else (1,):
             index, weights = routing(tokens, 2, 8)
             x = torch.randn(tokens, 256)
@@ -264,7 +264,7 @@ def test_the_experts_of_a_real_checkpoint(device: str):
 
 def test_back_to_the_checkpoints_tensors(device: str):
     case = Experts(sym=False, bias=True)
-    module = case.module(TritonExperts(), device, torch.float16)
+    module = case.module(TritonProvider(), device, torch.float16)
     module.bind(device, torch.float16)
     for expert, made in enumerate(case.tensors(device)):
         for name, (_, stored) in made.items():
@@ -285,7 +285,7 @@ def test_half_of_the_experts_elsewhere(device: str):
     total = torch.zeros(3, 64, device=device)
     for rank in range(2):
         module = build(
-            replace(whole, count=2), tensors[2 * rank : 2 * rank + 2], TritonExperts(), device, torch.float16
+            replace(whole, count=2), tensors[2 * rank : 2 * rank + 2], TritonProvider(), device, torch.float16
         )
         local = torch.where(index // 2 == rank, index - 2 * rank, 2)
         total += module(x, local, weights).float()
@@ -293,11 +293,11 @@ def test_half_of_the_experts_elsewhere(device: str):
 
 
 def verdict(spec: ExpertsSpec, device: str = "cuda", dtype: torch.dtype = torch.float16) -> Verdict:
-    return TritonExperts().judge(ExpertsRequest(spec, device, dtype))
+    return TritonProvider().experts.judge(Request(spec, device, dtype))
 
 
 def test_experts_of_one_kind_are_accepted_on_gpus_alone():
-    spec = Experts().module(TritonExperts()).spec
+    spec = Experts().module(TritonProvider()).spec
     assert verdict(spec) == Accepted()
     assert verdict(spec, "xpu", torch.bfloat16) == Accepted()
     assert isinstance(verdict(spec, "cpu"), Rejected)
@@ -306,7 +306,7 @@ def test_experts_of_one_kind_are_accepted_on_gpus_alone():
 
 @pytest.mark.parametrize("name", ["up_proj", "down_proj"])
 def test_experts_that_differ_are_refused_with_the_reason(name: str):
-    spec = Experts().module(TritonExperts()).spec
+    spec = Experts().module(TritonProvider()).spec
     changed = tuple(
         (other, (replace(specs[0], bits=8), *specs[1:]) if other == name else specs)
         for other, specs in spec.projections
@@ -320,6 +320,6 @@ def test_experts_that_differ_are_refused_with_the_reason(name: str):
 
 
 def test_the_provider_is_registered():
-    from graftq.plugin.manager import experts_providers
+    from graftq.plugin.manager import kernel_providers
 
-    assert [provider.name for provider in experts_providers() if isinstance(provider, TritonExperts)] == ["triton"]
+    assert [provider.name for provider in kernel_providers() if isinstance(provider, TritonProvider)] == ["triton"]

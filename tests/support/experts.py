@@ -12,8 +12,8 @@ from graftq.quant_linear.activations import Activate, Activation
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.reference import TorchExperts, TorchProvider
-from graftq.quant_linear.selection import ExpertsProvider, KernelProvider, Request, Selection
+from graftq.quant_linear.reference import TorchProvider
+from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from support.projections import Shape, make
 
 ORDERS = ("none", "all", "some", "apart")
@@ -86,9 +86,7 @@ class Experts:
             return lambda x: formula(*x.chunk(2, dim=-1))
         return lambda x: formula(x[..., ::2], x[..., 1::2])
 
-    def module(
-        self, provider: ExpertsProvider, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> QuantExperts:
+    def module(self, provider: KernelProvider, device: str = "cpu", dtype: torch.dtype = torch.float32) -> QuantExperts:
         """The module, which will choose ``provider``."""
         return build(self, self.tensors(device), provider, device, dtype)
 
@@ -96,7 +94,7 @@ class Experts:
 def build(
     case: Experts,
     tensors: list[dict[str, tuple[Shape, GptqTensors]]],
-    provider: ExpertsProvider,
+    provider: KernelProvider,
     device: str,
     dtype: torch.dtype,
 ) -> QuantExperts:
@@ -117,14 +115,14 @@ def build(
         extra["post_expert_norm"] = norm
     return QuantExperts(
         experts,
-        lambda request: Selection(provider, {}),
+        lambda request: _chosen(provider),
         case.activate(),
         is_concatenated=case.concatenated,
         **extra,
     )
 
 
-def rebuilt(module: QuantExperts, provider: ExpertsProvider, device: str, dtype: torch.dtype) -> QuantExperts:
+def rebuilt(module: QuantExperts, provider: KernelProvider, device: str, dtype: torch.dtype) -> QuantExperts:
     """The same experts (without biases of the layer's own) in another module, which will choose ``provider``."""
 
     def layer(name: str, expert: int) -> QuantLinear:
@@ -135,10 +133,15 @@ def rebuilt(module: QuantExperts, provider: ExpertsProvider, device: str, dtype:
     experts = [
         QuantExpert({name: layer(name, expert) for name in module.spec.names}) for expert in range(module.num_experts)
     ]
-    return QuantExperts(experts, lambda request: Selection(provider, {}), module.activate, module.spec.is_concatenated)
+    return QuantExperts(experts, lambda request: _chosen(provider), module.activate, module.spec.is_concatenated)
 
 
-def _choose_reference(request: Request) -> Selection[KernelProvider]:
+def _chosen(provider: KernelProvider) -> Selection:
+    provider.prepare()
+    return Selection(provider, {})
+
+
+def _choose_reference(request: Request) -> Selection:
     return Selection(TorchProvider(), {})
 
 
@@ -150,7 +153,7 @@ def expected(
     case: Experts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, module: QuantExperts | None = None
 ) -> torch.Tensor:
     """The reference's answer in float32 (float64 would dequantize no better), from fresh tensors."""
-    reference = case.module(TorchExperts(), x.device.type)
+    reference = case.module(TorchProvider(), x.device.type)
     if module is not None and case.norm:
         reference.post_expert_norm = module.post_expert_norm.float()
     return reference(x.float(), index, weights.float())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from support.undoing import undoing
 
 
 @dataclass
@@ -208,12 +209,11 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
 def installed(model: Path) -> Iterator[Mapping[str, ModuleType]]:
     """Have :func:`modules` importable, patched by the adapter, and taken away again."""
     from graftq.adapters.tgi import graftq_seams
-    from graftq.plugin import patching
 
     made = modules(model)
     sys.modules.update(made)
     try:
-        with patching.undoing():
+        with undoing():
             for name, patch in (graftq_seams("text_generation_server") or {}).items():
                 patch(made[name])
             yield made

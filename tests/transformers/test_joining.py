@@ -33,7 +33,7 @@ JOINED = {
 def joined(model: Any) -> set[str]:
     """The last names of the layers that are multiplied in one with others."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    return {name.rpartition(".")[2] for name, layer in layers.items() if layer.joint is not None}
+    return {name.rpartition(".")[2] for name, layer in layers.items() if layer.shared is not None}
 
 
 @pytest.mark.parametrize("name", JOINED)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from graftq.plugin.manager import choose_experts_kernel
+from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 
@@ -46,7 +46,7 @@ def _fuse(block: Any) -> None:
     experts = [
         QuantExpert({ours: getattr(one, theirs) for ours, theirs in PROJECTIONS.items()}) for one in block.experts
     ]
-    block.experts = QuantExperts(experts, choose_experts_kernel, activate)
+    block.experts = QuantExperts(experts, choose_kernel, activate)
 
 
 def _forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,9 +19,10 @@ from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.gpu.experts.metadata import metadata_of, pack_metadata
 from graftq.quant_linear.gpu.experts.row_map import StackRows
 from graftq.quant_linear.gpu.split_counters import reserve
-from graftq.quant_linear.gpu.tiled_layout import CHUNK_TILES, TILE_N, RowOrder, TiledLayout
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.gpu.tiled_layout import CHUNK_TILES, TILE_N, TiledLayout
+from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.packing import zero_points
+from graftq.quant_linear.row_order import RowOrder, can_multiply_as_one
 from graftq.quant_linear.spec import QuantSpec
 
 PREFIX = "tiled_"
@@ -32,18 +33,35 @@ ExpertTensors = Mapping[str, GptqTensors]
 
 
 @dataclass(frozen=True)
+class TiledForm:
+    """How experts are arranged.
+
+    Attributes:
+        is_fused: Fused form rather than split.
+        up_in_units: Whether the first stack's scales are stored per unit of 16 rows.
+        down_in_units: Likewise the second's.
+    """
+
+    is_fused: bool
+    up_in_units: bool
+    down_in_units: bool
+
+
+@dataclass(frozen=True)
 class _RowRun:
-    """A run of a stack's rows, a multiple of 128, whose input rows go the same way.
+    """A run of a stack's rows, a multiple of 128, whose input rows have the same order.
 
     Attributes:
         names: The projections that the rows come from.
         source: int64 [rows], for each row the column of these projections' stored tensors side by side, or -1.
-        plan: Where the input rows go.
+        order: Where the input rows go.
+        in_units: Whether scales are stored per unit.
     """
 
     names: tuple[str, ...]
     source: torch.Tensor
-    plan: RowOrder
+    order: RowOrder
+    in_units: bool
 
 
 @dataclass(frozen=True)
@@ -71,56 +89,57 @@ class TiledExpertsLayout:
 
     spec: ExpertsSpec
 
-    def pack(self, take: Callable[[str, int], GptqTensors]) -> dict[str, torch.Tensor]:
+    def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
         """Repack, on the device the tensors are on, dropping each expert once it is done."""
         experts: list[ExpertTensors] = [
             {name: take(name, expert) for name in self.spec.names} for expert in range(self.spec.num_experts)
         ]
         reserve(experts[0][self.spec.names[0]].qweight.device)
-        kept = pack_metadata(self.spec, experts)
-        up, down, orders, columns = self._parts(experts)
-        packed: dict[str, torch.Tensor] = {}
-        for expert, parts in enumerate(zip(up, down, strict=True)):
+        metadata = pack_metadata(self.spec, experts)
+        form = TiledForm(
+            self._can_fuse(experts),
+            self._needs_units(self.rows.up_names, experts),
+            self._needs_units(("down_proj",), experts),
+        )
+        up, down, packed = self._arrange(experts, form)
+        for expert, runs in enumerate(zip(up, down, strict=True)):
             stored = experts[expert]
             experts[expert] = {}
-            for stack, stack_parts in zip(("up", "down"), parts, strict=True):
-                for name, tensor in self._pack_stack(stored, expert, stack_parts).items():
+            for stack, stack_runs in zip(("up", "down"), runs, strict=True):
+                for name, tensor in self._pack_stack(stored, expert, stack_runs).items():
                     key = f"{PREFIX}{stack}_{name}"
                     if key not in packed:
                         packed[key] = tensor.new_empty(self.spec.num_experts, *tensor.shape)
                     # A dtype that holds every expert's, should they differ.
                     packed[key] = packed[key].to(torch.promote_types(packed[key].dtype, tensor.dtype))
                     packed[key][expert] = tensor
-        for stack, order in orders.items():
-            packed[f"{PREFIX}{stack}_order"] = order
-        if columns is not None:
-            packed[f"{PREFIX}up_columns"] = columns
-        return packed | {f"{PREFIX}{name}": tensor for name, tensor in kept.items()}
+        return Packed(packed | {f"{PREFIX}{name}": tensor for name, tensor in metadata.items()}, form)
 
-    def unpack(self, packed: Mapping[str, torch.Tensor], name: str, expert: int) -> GptqTensors:
+    def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         """Restore one projection bit for bit."""
+        form = packed.form
+        assert isinstance(form, TiledForm)
         spec = self.spec.of(name)[expert]
         stack = "down" if name == "down_proj" else "up"
-        kept = metadata_of(self.spec, _below(packed, PREFIX), name, expert)
+        metadata = metadata_of(self.spec, _below(packed, PREFIX), name, expert)
         own = {key: tensor[expert] for key, tensor in _below(packed, f"{PREFIX}{stack}_").items()}
         device = own["codes"].device
-        layout = TiledLayout(spec)
-        in_units = len(own["scales"]) != spec.num_groups
-        plan = layout.plan(kept.g_idx, device, in_units).padded(own["codes"].shape[1] * 128)
-        rows = self.rows.holding(name, expert, own.get("columns"), device)
+        layout, in_units = TiledLayout(spec), form.down_in_units if stack == "down" else form.up_in_units
+        order = layout.row_order(metadata.g_idx, device, in_units).padded(own["codes"].shape[1] * 128)
+        rows = self.rows.holding(name, expert, own["columns"] if form.is_fused and stack == "up" else None, device)
         first, last = (int(rows.min()) // TILE_N, int(rows.max()) // TILE_N + 1)
-        qweight = layout.from_tiles({key: own[key][first:last] for key in ("codes", "high") if key in own}, plan)
+        qweight = layout.from_tiles({key: own[key][first:last] for key in ("codes", "high") if key in own}, order)
         scales = own["scales"][:, rows]
-        if plan.unit_group is not None:
-            scales = scales[torch.searchsorted(plan.unit_group, torch.arange(spec.num_groups, device=device))]
+        if in_units:
+            scales = scales[order.first_units(spec.num_groups)]
         bias = None
         if spec.has_bias:
-            bias = own["bias"][self.rows.columns(name, expert)[: spec.stored_bias].to(device)].to(kept.bias_dtype)
+            bias = own["bias"][self.rows.columns(name, expert)[: spec.stored_bias].to(device)].to(metadata.bias_dtype)
         return GptqTensors(
             qweight[:, rows - first * TILE_N].contiguous(),
-            kept.qzeros,
-            scales.to(kept.scale_dtype).contiguous(),
-            kept.g_idx,
+            metadata.qzeros,
+            scales.to(metadata.scale_dtype).contiguous(),
+            metadata.g_idx,
             bias,
         )
 
@@ -129,71 +148,88 @@ class TiledExpertsLayout:
         """Which row holds what."""
         return StackRows(self.spec)
 
-    def _parts(
-        self, experts: Sequence[ExpertTensors]
-    ) -> tuple[list[list[_RowRun]], list[list[_RowRun]], dict[str, torch.Tensor], torch.Tensor | None]:
-        """Both stacks' parts per expert, their orders, and the fused form's columns (or None: split)."""
+    def _can_fuse(self, experts: Sequence[ExpertTensors]) -> bool:
+        """Whether the activation has a name, and each expert's gate and up read their input in the same order."""
+        first, *others = self.rows.up_names
+        return self.spec.activation is not None and all(
+            can_multiply_as_one(
+                self.spec.of(first)[expert], stored[first].g_idx, self.spec.of(other)[expert], stored[other].g_idx
+            )
+            for other in others
+            for expert, stored in enumerate(experts)
+        )
+
+    def _needs_units(self, names: tuple[str, ...], experts: Sequence[ExpertTensors]) -> bool:
+        """Whether any of the stack's projections has groups that no kernel knows; then all are stored in units."""
+        return any(
+            TiledLayout(self.spec.of(name)[expert]).needs_units(stored[name].g_idx)
+            for name in names
+            for expert, stored in enumerate(experts)
+        )
+
+    def _arrange(
+        self, experts: Sequence[ExpertTensors], form: TiledForm
+    ) -> tuple[list[list[_RowRun]], list[list[_RowRun]], dict[str, torch.Tensor]]:
+        """Both stacks' runs of rows per expert, and the tensors that say how rows are ordered."""
         device = experts[0]["down_proj"].qweight.device
-        down = self._plans(("down_proj",), experts)
-        up = self._plans(self.rows.up_names, experts)
-        shared = all(_same(plan, plans[0]) for plans in up for plan in plans)
-        fused = self.spec.activation is not None and shared
-        orders = {"up": _orders([plans[:1] if fused else plans for plans in up])}
-        if not fused:
-            orders["down"] = _orders(down)
+        down = self._row_orders(("down_proj",), experts, form.down_in_units)
+        up = self._row_orders(self.rows.up_names, experts, form.up_in_units)
+        orders = {"up": _stacked_orders([each[:1] if form.is_fused else each for each in up])}
+        if not form.is_fused:
+            orders["down"] = _stacked_orders(down)
         columns: list[torch.Tensor] = []
-        up_parts: list[list[_RowRun]] = []
-        for expert, plans in enumerate(up):
-            if fused:
+        up_runs: list[list[_RowRun]] = []
+        for expert, each in enumerate(up):
+            if form.is_fused:
                 columns.append(self.rows.fused_columns(expert, down[expert][0], device))
                 source = self.rows.fused_source(columns[-1], expert)
-                up_parts.append([_RowRun(self.rows.up_names, source, plans[0])])
+                up_runs.append([_RowRun(self.rows.up_names, source, each[0], form.up_in_units)])
             else:
-                named = zip(self.rows.up_names, plans, strict=True)
-                up_parts.append([self._part(name, expert, plan, device) for name, plan in named])
-        down_parts = [[self._part("down_proj", expert, plans[0], device)] for expert, plans in enumerate(down)]
-        present = {stack: order for stack, order in orders.items() if order is not None}
-        return up_parts, down_parts, present, torch.stack(columns) if fused else None
+                named = zip(self.rows.up_names, each, strict=True)
+                up_runs.append([self._run(name, expert, order, form.up_in_units, device) for name, order in named])
+        down_runs = [
+            [self._run("down_proj", expert, each[0], form.down_in_units, device)] for expert, each in enumerate(down)
+        ]
+        packed = {f"{PREFIX}{stack}_order": order for stack, order in orders.items() if order is not None}
+        if form.is_fused:
+            packed[f"{PREFIX}up_columns"] = torch.stack(columns)
+        return up_runs, down_runs, packed
 
-    def _part(self, name: str, expert: int, plan: RowOrder, device: torch.device) -> _RowRun:
+    def _run(self, name: str, expert: int, order: RowOrder, in_units: bool, device: torch.device) -> _RowRun:
         """A projection by itself."""
-        return _RowRun((name,), self.rows.split_source(name, expert, device), plan)
+        return _RowRun((name,), self.rows.split_source(name, expert, device), order, in_units)
 
-    def _plans(self, names: tuple[str, ...], experts: Sequence[ExpertTensors]) -> list[list[RowOrder]]:
-        """Plans of some projections of all experts, alike in units and rows."""
-
-        def plans(in_units: bool) -> list[list[RowOrder]]:
-            return [
-                [
-                    TiledLayout(self.spec.of(name)[expert]).plan(
-                        stored[name].g_idx, stored[name].qweight.device, in_units
-                    )
-                    for name in names
-                ]
-                for expert, stored in enumerate(experts)
+    def _row_orders(
+        self, names: tuple[str, ...], experts: Sequence[ExpertTensors], in_units: bool
+    ) -> list[list[RowOrder]]:
+        """The row orders of some projections of all experts, padded to the longest."""
+        found = [
+            [
+                TiledLayout(self.spec.of(name)[expert]).row_order(
+                    stored[name].g_idx, stored[name].qweight.device, in_units
+                )
+                for name in names
             ]
+            for expert, stored in enumerate(experts)
+        ]
+        rows = max(order.rows for each in found for order in each)
+        return [[order.padded(rows) for order in each] for each in found]
 
-        found = plans(in_units=False)
-        if any(plan.unit_group is not None for each in found for plan in each):
-            found = plans(in_units=True)
-        rows = max(plan.rows for each in found for plan in each)
-        return [[plan.padded(rows) for plan in each] for each in found]
-
-    def _pack_stack(self, stored: ExpertTensors, expert: int, parts: list[_RowRun]) -> dict[str, torch.Tensor]:
+    def _pack_stack(self, stored: ExpertTensors, expert: int, runs: list[_RowRun]) -> dict[str, torch.Tensor]:
         """One expert's tensors of one stack, all but the order."""
         tiles: list[dict[str, torch.Tensor]] = []
         scales, zeros = [], []
-        stack_names = tuple(name for part in parts for name in part.names)
-        for part in parts:
-            specs = {name: self.spec.of(name)[expert] for name in part.names}
-            layout = TiledLayout(specs[part.names[0]])
-            real, source = part.source >= 0, part.source.clamp(min=0)
-            qweight = _side_by_side([stored[name].qweight for name in part.names])
+        stack_names = tuple(name for run in runs for name in run.names)
+        for run in runs:
+            specs = {name: self.spec.of(name)[expert] for name in run.names}
+            layout = TiledLayout(specs[run.names[0]])
+            real, source = run.source >= 0, run.source.clamp(min=0)
+            qweight = _side_by_side([stored[name].qweight for name in run.names])
             for start in range(0, len(source), CHUNK_TILES * TILE_N):
-                run = slice(start, start + CHUNK_TILES * TILE_N)
-                tiles.append(layout.to_tiles(torch.where(real[run], qweight[:, source[run]], 0), part.plan))
-            rows = slice(None) if part.plan.unit_group is None else part.plan.unit_group
-            scale = _side_by_side([stored[name].scales for name in part.names])
+                chunk = slice(start, start + CHUNK_TILES * TILE_N)
+                tiles.append(layout.to_tiles(torch.where(real[chunk], qweight[:, source[chunk]], 0), run.order))
+            rows = run.order.unit_group if run.in_units else slice(None)
+            scale = _side_by_side([stored[name].scales for name in run.names])
             scales.append(torch.where(real, scale[:, source], 0)[rows])
             zero = _side_by_side([_zeros(stored[name], spec) for name, spec in specs.items()])
             zeros.append(torch.where(real, zero[:, source], 0)[rows])
@@ -224,21 +260,14 @@ def _zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
     return torch.nn.functional.pad(zeros, (0, spec.padded_out - spec.out_features))
 
 
-def _same(a: RowOrder, b: RowOrder) -> bool:
-    return all(
-        (one is None) == (other is None) and (one is None or other is None or torch.equal(one, other))
-        for one, other in ((a.order, b.order), (a.unit_group, b.unit_group))
-    )
-
-
-def _orders(plans: Sequence[Sequence[RowOrder]]) -> torch.Tensor | None:
+def _stacked_orders(orders: Sequence[Sequence[RowOrder]]) -> torch.Tensor | None:
     """All experts' orders, int32 [E, parts, rows]; None if nothing moves anywhere."""
-    if all(plan.order is None for each in plans for plan in each):
+    if all(each.order is None for parts in orders for each in parts):
         return None
-    moved = next(plan.order for each in plans for plan in each if plan.order is not None)
+    moved = next(each.order for parts in orders for each in parts if each.order is not None)
     unmoved = torch.arange(len(moved), dtype=torch.int32, device=moved.device)
     return torch.stack(
-        [torch.stack([unmoved if plan.order is None else plan.order for plan in each]) for each in plans]
+        [torch.stack([unmoved if each.order is None else each.order for each in parts]) for parts in orders]
     )
 
 

@@ -8,22 +8,18 @@ from typing import Any
 
 import torch
 
-from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.availability import judge_triton, start_triton
+from graftq.quant_linear.gpu.availability import judge_triton
 from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
-from graftq.quant_linear.gpu.experts.layout import PREFIX, TiledExpertsLayout
+from graftq.quant_linear.gpu.experts.layout import PREFIX, TiledExpertsLayout, TiledForm
 from graftq.quant_linear.gpu.experts.row_map import HALF_FRAGMENT, StackRows
-from graftq.quant_linear.selection import ExpertsRequest, Rejected, Verdict
+from graftq.quant_linear.selection import ExpertsModule, Rejected, Request, Verdict
 
 
 class TritonExperts:
     """Repacks all experts into two stacks of tiles once (:class:`TiledExpertsLayout`), and multiplies from them."""
 
-    name = "triton"
-    priority = 100
-
-    def judge(self, request: ExpertsRequest) -> Verdict:
+    def judge(self, request: Request[ExpertsSpec]) -> Verdict:
         """Accept what the linear layers' provider accepts, if the experts are of one kind."""
         verdict = judge_triton(request)
         if isinstance(verdict, Rejected):
@@ -32,13 +28,10 @@ class TritonExperts:
 
     def layout(self, spec: ExpertsSpec) -> TiledExpertsLayout:
         """Two stacks of tiles."""
-        import graftq.quant_linear.gpu.experts.autograd  # noqa: F401 - whoever packs will multiply
-
-        start_triton()
         return TiledExpertsLayout(spec)
 
     def experts(
-        self, module: QuantExperts, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, module: ExpertsModule, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Shapes as in :meth:`QuantExperts.forward`.
 
@@ -47,7 +40,8 @@ class TritonExperts:
         """
         spec, packed = module.spec, module.tensors
         up, down = _stack(packed, _UP, module.up_bias), _stack(packed, _DOWN, module.down_bias)
-        is_fused = _IS_FUSED in packed
+        assert isinstance(module.form, TiledForm)
+        is_fused = module.form.is_fused
         learns = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
             for tensor in (x, top_k_weights, module.up_bias, module.down_bias)
@@ -55,7 +49,7 @@ class TritonExperts:
         if spec.activation is not None and is_fused and not spec.has_norm and not learns:
             run = _ops().tiled_experts if is_unwatched(x) else torch.ops.graftq.tiled_experts
             return run(x, top_k_index, top_k_weights, *up, *down, spec.signature)
-        return _step_by_step(module, x, top_k_index, top_k_weights, up, down)
+        return _step_by_step(module, is_fused, x, top_k_index, top_k_weights, up, down)
 
 
 @cache
@@ -95,7 +89,6 @@ _UP, _DOWN = (
     tuple(f"{PREFIX}{stack}_{name}" for name in ("codes", "high", "scales", "zeros", "order", "bias", "columns"))
     for stack in ("up", "down")
 )
-_IS_FUSED = _UP[-1]
 
 
 def _stack(
@@ -109,7 +102,13 @@ def _stack(
 
 
 def _step_by_step(
-    module: QuantExperts, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, up: Arguments, down: Arguments
+    module: ExpertsModule,
+    is_fused: bool,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: Arguments,
+    down: Arguments,
 ) -> torch.Tensor:
     """Bare products, and torch in between."""
     from graftq.quant_linear.gpu.experts.autograd import TiledProduct
@@ -122,7 +121,6 @@ def _step_by_step(
     is_ours = (expert >= 0) & (expert < experts)
     expert = torch.where(is_ours, expert, 0)
 
-    is_fused = _IS_FUSED in module.tensors
     if is_fused:
         rows = part_rows = second.codes.shape[2] * 128 * (1 + spec.is_gated)
     else:

@@ -1,0 +1,109 @@
+"""The plots of the README and of docs/performance.md, from the recorded rows in ``results/``.
+
+python benchmarks/plots.py                        # needs matplotlib, no GPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from tables import recorded, results, save_with_legend, time_panel
+
+DOCS = Path(__file__).parents[1] / "docs"
+LAYERS = ("4096x28672", "8192x8192", "14336x4096", "4096x6144", "4096x4096")
+EXPERTS = ("Mixtral-8x7B", "Qwen3-30B-A3B")
+GRAFTQ, PEER, PLAIN = "#1b6ca8", "#b9b9b9", "#d9a441"
+SERVERS = (
+    ("vLLM with graftq,\nact-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "yes", "1")),
+    ("vLLM alone (Marlin),\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "1")),
+    ("transformers with graftq,\nact-order", PLAIN, ("transformers 5.17.0", "static cache", "graftq", "yes", "1")),
+    ("2 GPUs: vLLM with graftq,\nno act-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "no", "2")),
+    ("2 GPUs: vLLM alone,\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "2")),
+)
+"""What a bar is called, its color, and the first columns of its rows, the first of which is the newest."""
+
+
+def ours(name: str, layer: str, weights: str, kind: str) -> dict[int, float]:
+    """Microseconds by tokens: column ``kind`` of the rows that have one."""
+    rows = [row for row in results(name) if (row["layer"], row["weights"]) == (layer, weights)]
+    return {int(row["m"]): float(row[kind]) for row in rows if row[kind]}
+
+
+def linear_panel(axis: Any, layer: str) -> None:
+    weights, peers = "4-bit g128", recorded("linear_peers_h100.csv")
+    curves = {
+        "graftq": ours("linear_h100.csv", layer, weights, "us"),
+        "Marlin": peers[layer, "marlin", weights],
+        "Machete": peers[layer, "machete", weights],
+        "torch fp16": ours("linear_h100.csv", layer, weights, "plain_us"),
+    }
+    time_panel(axis, "linear layer, {} inputs, {} outputs".format(*layer.split("x")), curves)
+
+
+def experts_panel(axis: Any, layer: str) -> None:
+    weights, peers = "4-bit g128 act-order", recorded("experts_peers_h100.csv")
+    curves = {
+        "graftq, act-order": ours("experts_h100.csv", layer, weights, "us"),
+        "vLLM's Marlin, no act-order": peers[layer, "fused_marlin_moe", "4-bit g128"],
+        "vLLM's Marlin, act-order": peers[layer, "fused_marlin_moe", weights],
+        "transformers, bf16 weights": ours("experts_h100.csv", layer, weights, "plain_us"),
+    }
+    time_panel(axis, f"all experts of one layer, {layer}", curves)
+
+
+def decode_panel(axis: Any, sequences: int) -> None:
+    """A bar for each server that was measured with so many sequences."""
+    rows = [tuple(row.values()) for row in results("engine_h100.csv")]
+    bars = []
+    for name, color, wanted in SERVERS:
+        found = [float(row[6]) for row in rows if row[:6] == (*wanted, str(sequences))]
+        bars.append((name, color, found[0] if found else 0.0))
+    most = max(value for _, _, value in bars)
+    for place, (_, color, value) in enumerate(bars):
+        axis.barh(place, value, color=color)
+        axis.text(value + most / 50, place, f"{value:.0f}" if value else "not measured", va="center", fontsize=9)
+    axis.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=9)
+    axis.invert_yaxis()
+    axis.set(
+        title=f"decoding {sequences} sequence{'s' * (sequences > 1)}", xlabel="tokens per second", xlim=(0, most * 1.2)
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def write_panels(name: str, layers: tuple[str, ...], panel: Callable[[Any, str], None], rows: int = 1) -> None:
+    columns = -(-len(layers) // rows)
+    size = (4.8 * max(columns, 2), 3.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, layer in zip(axes.flat, layers, strict=False):
+        panel(axis, layer)
+    for axis in axes.flat[len(layers) :]:
+        axis.set_axis_off()
+    save_with_legend(figure, axes[0][0], str(DOCS / name))
+
+
+def write_overview(name: str) -> None:
+    figure = plt.figure(figsize=(13, 7.6), layout="constrained")
+    grid = figure.add_gridspec(2, 6)
+    for place, sequences in enumerate((1, 8, 32)):
+        axis = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
+        decode_panel(axis, sequences)
+        if place:
+            axis.set_yticklabels([])
+    for place, (panel, layer) in enumerate(((linear_panel, LAYERS[0]), (experts_panel, EXPERTS[0]))):
+        axis = figure.add_subplot(grid[1, 3 * place : 3 * place + 3])
+        panel(axis, layer)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=9)
+    figure.savefig(DOCS / name, dpi=110)
+
+
+def main() -> None:
+    write_panels("linear_h100.png", LAYERS, linear_panel, rows=2)
+    write_panels("experts_h100.png", EXPERTS, experts_panel)
+    write_overview("results_h100.png")
+
+
+if __name__ == "__main__":
+    main()
