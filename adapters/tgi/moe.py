@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from graftq.adapters.tgi.loader import columns, share, unbound_linear
 from graftq.adapters.tgi.routing import choose_experts
 from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import Shard
@@ -55,7 +55,7 @@ class PackedMoE(nn.Module):
             QuantExpert({ours: _projection(weights, f"{prefix}.{number}.{name}", ours) for ours, name in names.items()})
             for number in range(n_experts)
         ]
-        self.experts = QuantExperts(experts, choose_kernel, _silu_and_multiply)
+        self.experts = QuantExperts(experts, choose_kernel, Activation("silu"))
         self.experts.bind(weights.device.type, weights.dtype)
         if weights.device.type != "cpu":  # kernels compile, and workspaces are allocated, before memory is given away
             hidden = self.experts.spec.of("down_proj")[0].out_features
@@ -87,8 +87,3 @@ def _projection(weights: Any, prefix: str, role: str) -> QuantLinear:
     else:
         (shard,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
     return unbound_linear(shard, weights.device, weights.dtype)
-
-
-def _silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from graftq.adapters.vllm.base_config import BaseConfig
 from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
 from graftq.plugin.manager import choose_kernel
-from graftq.quant_linear.activations import Activate, Activation
+from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.linear import QuantLinear
@@ -61,7 +61,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
         self.hidden, self.intermediate, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
-        self.activate = _activate(layer)
+        self.activation = _activation(layer)
         for name in _parameters():
             empty = nn.Parameter(torch.empty(0, dtype=torch.int32, device=self.device), requires_grad=False)
             loader = partial(self.load, layer, name.partition("_")[2])
@@ -133,7 +133,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
         self.loaders = {}
-        packed = QuantExperts(experts, choose_kernel, self.activate)
+        packed = QuantExperts(experts, choose_kernel, self.activation)
         packed.bind(self.device.type, self.dtype)
         for name in _parameters():
             if name != "w2_qweight":  # LoRA asks it for the device
@@ -182,18 +182,17 @@ def _parameters() -> list[str]:
     return [f"{name}_{suffix}" for name in ("w13", "w2") for suffix in SUFFIXES]
 
 
-def _activate(layer: Any) -> Activate:
+def _activation(layer: Any) -> Activation:
+    """vLLM's name for it, as ours.
+
+    Raises:
+        NotImplementedError: for one that graftq does not know.
+    """
     name = layer.activation.value
     known = ACTIVATIONS.get(name.removesuffix("_no_mul"))
     if known is None or (getattr(layer, "swiglu_limit", None) is not None and known.name != "swiglu_oai"):
         raise NotImplementedError(f"{layer.layer_name}: graftq does not know the experts' activation {name!r}")
-    if not layer.activation.is_gated:
-        return partial(known, None)
-    return partial(_gated, known)
-
-
-def _gated(activation: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return activation(*x.chunk(2, dim=-1))
+    return known
 
 
 def _run_by_name(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_name: str) -> torch.Tensor:
