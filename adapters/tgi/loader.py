@@ -1,4 +1,4 @@
-"""The server's weights loader for GPTQ: whole projections from the files, cut for this rank, packed as they are."""
+"""The server's weights loader for GPTQ: reads whole projections and cuts them for this rank; they stay packed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class ServerProjection:
-    """One projection as stored, on the CPU; ``lost_bias`` names a bias in the files that has values other than zero."""
+    """One projection as stored, on the CPU; ``lost_bias`` names a non-zero bias in the files, if there is one."""
 
     tensors: GptqTensors
     spec: QuantSpec
@@ -32,12 +32,12 @@ class ServerProjection:
 
 
 class PackedLoader:
-    """To be mixed into ``GPTQWeightsLoader``, in front of it: every method is the stock one for what is not GPTQ.
+    """A mixin in front of ``GPTQWeightsLoader``; for anything but GPTQ, every method calls the stock one.
 
-    The files decide what is quantized, layer by layer: ``modules_to_not_convert`` and ``dynamic`` need no reading.
+    The files show what is quantized, layer by layer, so ``modules_to_not_convert`` and ``dynamic`` need not be read.
 
     Attributes:
-        checkpoint: What is being loaded; None where the stock loader does it.
+        checkpoint: What is being loaded; None if the stock loader loads it.
     """
 
     def __init__(self, **kwargs: Any):
@@ -61,7 +61,7 @@ class PackedLoader:
         return self._weight(weights, [(one.tensors, one.spec)], one.lost_bias)
 
     def get_weights_col_packed(self, weights: Any, prefix: str, block_sizes: int | list[int]) -> Any:
-        """This rank's share of every block of outputs of a projection that several were packed into."""
+        """This rank's share of each block of outputs of a projection that holds several."""
         if self.checkpoint is None:
             return super().get_weights_col_packed(weights, prefix, block_sizes)  # type: ignore[misc]
         if not self.is_packed(weights, prefix):
@@ -94,13 +94,13 @@ class PackedLoader:
         return self._weight(weights, parts, lost)
 
     def get_weights_row(self, weights: Any, prefix: str) -> Any:
-        """This rank's share of the inputs: its product is one of the terms that the ranks add up."""
+        """This rank's share of the inputs; the ranks add their products up."""
         if self.checkpoint is None:
             return super().get_weights_row(weights, prefix)  # type: ignore[misc]
         if not self.is_packed(weights, prefix):
             return _plain().get_weights_row(weights, prefix)
         one = self.read(weights, prefix)
-        lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the others leave the bias to the first
+        lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the first rank alone adds the bias
         return self._weight(weights, [self.rows(weights, prefix, one)], lost)
 
     def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Shard:
@@ -111,7 +111,7 @@ class PackedLoader:
         return shard_inputs(one.tensors, one.spec, start, stop, keep_bias=False)
 
     def _get_gptq_params(self, weights: Any) -> None:
-        """Asked here by the first Santacoder's own loading alone, which takes every checkpoint for 4 bits and v1.
+        """Called only by the first Santacoder's loading code, which assumes 4 bits and checkpoint format v1.
 
         Raises:
             CheckpointError: for any other.
@@ -127,7 +127,7 @@ class PackedLoader:
         """Whether the files have this projection quantized.
 
         Raises:
-            CheckpointError: if they do not have it at all.
+            CheckpointError: if they have no tensor for it.
         """
         if any(weights.has_tensor(f"{prefix}.{suffix}") for suffix in ("qweight", "qzeros")):
             return True
@@ -160,7 +160,7 @@ class PackedLoader:
         return PackedWeight(self, parts, weights.device, weights.dtype, lost_bias)
 
     def refuse_lost_bias(self, name: str | None) -> None:
-        """Raise for a bias that the model's code does not ask for."""
+        """Raise for a bias that the model's code does not load."""
         if name is not None:
             assert self.checkpoint is not None
             reason = "non-zero bias, but the model's layer has none"
@@ -178,7 +178,7 @@ class PackedLoader:
 
 @dataclass
 class PackedWeight:
-    """What the loader gives the server's layers: projections side by side, packed, or plain as the server has them."""
+    """What the loader returns to the server's layers: projections side by side, packed or plain."""
 
     loader: PackedLoader
     parts: Sequence[Shard | Any]
@@ -190,7 +190,7 @@ class PackedWeight:
         """The layer that computes all of them.
 
         Raises:
-            CheckpointError: if the files have a bias that the model has not.
+            CheckpointError: if the files have a bias and the model's layer has none.
         """
         if bias is None:
             self.loader.refuse_lost_bias(self.lost_bias)
@@ -210,7 +210,7 @@ class PackedWeight:
 
 
 class SideBySide(nn.Module):
-    """Layers of the same input whose outputs are one; for projections that differ in the order of their rows."""
+    """Concatenates the outputs of layers with the same input, for projections that differ in their act-order."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
@@ -222,7 +222,7 @@ class SideBySide(nn.Module):
 
 
 def share(name: str, size: int, process_group: Any) -> Range:
-    """This rank's part of ``size`` inputs or outputs.
+    """This rank's range of ``size`` inputs or outputs.
 
     Raises:
         ValueError: if it cannot be divided evenly.
@@ -234,7 +234,7 @@ def share(name: str, size: int, process_group: Any) -> Range:
 
 
 def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Shard]:
-    """The given outputs of a projection, which is not copied where they are all of it."""
+    """The given ranges of a projection's outputs; no copy is made if they cover all of them."""
     edges = [edge for start_stop in ranges for edge in start_stop]
     if edges[0] == 0 and edges[-1] == one.spec.out_features and edges[1:-1:2] == edges[2:-1:2]:
         return [(one.tensors, one.spec)]

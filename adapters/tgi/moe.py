@@ -1,4 +1,4 @@
-"""The experts of a sparse layer on the flash path, in the place of the server's own fused layers."""
+"""The experts of a sparse layer on the flash path; replaces the server's own fused layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftq.quant_linear.sharding import Shard
 class PackedMoE(nn.Module):
     """What the server's ``SparseMoELayer`` holds: ``down(silu(gate(x)) * up(x))`` of each token's experts, weighted.
 
-    With several ranks each has its share of every expert, and the model adds the results up. The arguments are
+    Each of several ranks has a share of every expert, and the model adds the results up. The arguments are
     those of ``SparseMoELayer``.
     """
 
@@ -57,7 +57,8 @@ class PackedMoE(nn.Module):
         ]
         self.experts = QuantExperts(experts, choose_kernel, Activation("silu"))
         self.experts.bind(weights.device.type, weights.dtype)
-        if weights.device.type != "cpu":  # kernels compile, and workspaces are allocated, before memory is given away
+        # Compile kernels and allocate workspaces before the server takes the free memory for its cache.
+        if weights.device.type != "cpu":
             hidden = self.experts.spec.of("down_proj")[0].out_features
             states = torch.zeros(1, hidden, device=weights.device, dtype=weights.dtype)
             self(states, gating_output=torch.zeros(1, n_experts, device=weights.device))

@@ -19,12 +19,12 @@ from graftq.plugin.patching import replace_attribute
 
 
 def patch_quantizers(module: ModuleType) -> None:
-    """Put graftq's quantizer and configuration class in the place of the stock ones for "gptq"."""
+    """Replace the stock quantizer and configuration class for "gptq" by graftq's."""
     register(module, GptqHfQuantizer)
 
 
 def patch_modeling(module: ModuleType) -> None:
-    """Let loading see ``quantize_config.json``, and weights under AutoGPTQ's names; let saving write the former.
+    """Let loading find ``quantize_config.json`` and weights under AutoGPTQ's names, and saving write the former.
 
     A packed model that is saved over an older checkpoint takes its place as a whole.
     """

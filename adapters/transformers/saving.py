@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes: the checkpoint's own tensors and names, whatever kernels have made of them."""
+"""What ``save_pretrained`` writes: the checkpoint's own tensors and names, whatever layout kernels have chosen."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Origin:
     """What is remembered of a checkpoint once it is loaded.
 
     Attributes:
-        names: Tensors' names in the model, by their names in the files; only those that became one tensor by
-            themselves.
-        plain: The modules that packed ones stand for, without their weights, by name.
-        idle_biases: Biases that the files have and the model has not, by name in the model: zeros, on the meta device.
+        names: Tensors' names in the model, by their names in the files; only those that became a tensor
+            unmerged with others.
+        plain: The modules that packed ones replaced, without their weights, by name.
+        idle_biases: Biases that only the files have, by name in the model: zeros, on the meta device.
         dequantized: What was packed in the files and is plain in the model, by module.
     """
 
@@ -56,7 +56,7 @@ class Origin:
 
 
 class StoredNames(WeightRenaming):
-    """Names as the files have them: exactly where they are known, by the model's own renamings elsewhere.
+    """Names as in the files: looked up where they are known, else by the model's own renamings.
 
     transformers keeps a model's conversions after loading, and saves by what ``reverse_transform`` returns.
     """
@@ -69,7 +69,7 @@ class StoredNames(WeightRenaming):
         self.renamings = renamings
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and the pattern that led there, if it was one."""
+        """The new name, and the pattern that matched, if one did."""
         if source_key in self.exact:
             return self.exact[source_key], None
         renamed, pattern = source_key, None
@@ -79,7 +79,7 @@ class StoredNames(WeightRenaming):
         return renamed, pattern
 
     def reverse_transform(self) -> StoredNames:
-        """The way back."""
+        """The inverse."""
         exact = {target: source for source, target in self.exact.items()}
         return StoredNames(exact, [renaming.reverse_transform() for renaming in self.renamings[::-1]])
 
@@ -87,7 +87,7 @@ class StoredNames(WeightRenaming):
 def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     """The model's state dict, with packed weights as the checkpoint stores them, by their names in the model.
 
-    Packed tensors are on the CPU, but for those that are offloaded, which are on the meta device.
+    Packed tensors are on the CPU, except for offloaded ones, which are on the meta device.
 
     Raises:
         ValueError: if a packed layer is not where it was loaded, or the configuration does not say it is packed.

@@ -1,8 +1,8 @@
 """Tensor parallelism: each rank keeps its part of every packed layer that the model's ``tp_plan`` shards.
 
-transformers shards a parameter while it loads it, each by itself; the tensors of a packed layer can only be cut
-together (act-order, words that hold several codes). So every rank loads packed layers whole, and cuts them afterwards,
-which takes the memory of the whole packed model for a moment. Everything else transformers shards as ever.
+transformers shards each parameter by itself, while loading it; the tensors of a packed layer can only be cut
+together (act-order, words that hold several codes). So every rank loads packed layers whole and cuts them afterwards,
+which temporarily takes the memory of the whole packed model. transformers shards everything else as usual.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
 SPLITTING = ("rowwise_split_input", "rowwise_rep")
 EXPERTS_STYLE = "moe_tp_experts"
 WHOLE = "replicate"
-"""The style of a parameter that every rank keeps; older versions skip names that they do not know, to the same end."""
+"""The style of a parameter that every rank keeps; older versions skip unknown styles, which has the same effect."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """One rank among those that share a layer."""
+    """One of the ranks that share a layer."""
 
     rank: int
     size: int
@@ -53,17 +53,17 @@ def keep_whole(model: Any) -> None:
     names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
     for name in stacked - names:
-        plan.pop(name, None)  # no experts module has this weight any more
+        plan.pop(name, None)  # no experts module has this weight now
 
 
 def shard(model: Any) -> bool:
-    """Leave each packed layer that the plan shards only this rank's part, before kernels are chosen.
+    """Reduce each packed layer that the plan shards to this rank's part, before kernels are chosen.
 
     Returns:
         Whether the model is distributed, and thus not whole in this process.
 
     Raises:
-        ValueError: naming the layer and what it cannot be cut by.
+        ValueError: naming the layer and why it cannot be cut.
     """
     config = getattr(model.config, "distributed_config", None)
     mesh = getattr(model, "_device_mesh", None)
@@ -147,7 +147,7 @@ def _layer(shard: Shard, like: QuantLinear) -> QuantLinear:
 
 
 def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
-    """Every expert on every rank, with a part of its intermediate features."""
+    """Every expert stays on every rank, with a part of its intermediate features."""
     if experts.post_expert_norm is not None:
         raise ValueError("its experts' outputs are normalized, which wants them whole")
     width = experts.spec.of("down_proj")[0].in_features
@@ -201,7 +201,7 @@ def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_fi
 
 
 class _Shared(torch.autograd.Function):
-    """An input that every rank has, and uses for its own part: the gradients of the parts add up."""
+    """An input that all ranks have; the sum of the ranks' gradients is its gradient."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -216,7 +216,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """Parts of an output that add up to the whole, which every rank gets."""
+    """Sums the ranks' parts of an output; every rank gets the sum."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -230,7 +230,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Parts of an output side by side, on every rank."""
+    """Concatenates the ranks' parts of an output; every rank gets all of it."""
 
     @staticmethod
     def forward(ctx, x, group, rank, size):

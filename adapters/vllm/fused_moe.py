@@ -1,4 +1,4 @@
-"""The routed experts of a mixture-of-experts layer."""
+"""vLLM's method for the routed experts of a mixture-of-experts layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
     """What vLLM calls for the quantized experts of one layer.
 
     Args:
-        config: The checkpoint's.
+        config: The checkpoint's configuration.
         moe: vLLM's description of the layer.
         names: The stored names of the experts' projections, by number and name.
     """
@@ -59,7 +59,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
+        """Register empty parameters whose loaders collect the tensors, whatever their shape."""
         self.hidden, self.intermediate, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
         self.activation = _activation(layer)
         for name in _parameters():
@@ -80,7 +80,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        """Take one whole tensor of one expert; those of other ranks' experts are passed over.
+        """Take one whole tensor of one expert; those of other ranks' experts are skipped.
 
         Raises:
             CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
@@ -110,12 +110,12 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         return ProjectionLoader(module, declared, self.hidden, whole, cut, self.device, self.moe.has_bias)
 
     def _name(self, layer: Any, expert: int, shard: str) -> str:
-        """The stored name of a projection, or where none is known, what vLLM would call it."""
+        """The stored name of a projection; where it is not known, vLLM's name."""
         known = (self.names[expert, name] for name in NAMES[shard] if (expert, name) in self.names)
         return next(known, f"{layer.layer_name}.{expert}.{shard}")
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything has come, and make packed experts of it.
+        """Check that every tensor has arrived, and build packed experts from them.
 
         Raises:
             CheckpointError: naming file, module and reason, if anything is missing or damaged.
@@ -136,7 +136,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         packed = QuantExperts(experts, choose_kernel, self.activation)
         packed.bind(self.device.type, self.dtype)
         for name in _parameters():
-            if name != "w2_qweight":  # LoRA asks it for the device
+            if name != "w2_qweight":  # LoRA reads the device from it
                 delattr(layer, name)
         layer.graftq = packed
         self.config.remember(f"{layer.layer_name}: {packed}")
@@ -168,7 +168,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if layer.expert_map is not None:  # other ranks' experts become -1, and add nothing
             topk_ids = layer.expert_map[topk_ids.long()]
-        if torch.compiler.is_compiling():  # where vLLM's own operator around all this does not hide it (CPU)
+        if torch.compiler.is_compiling():  # on CPUs, where vLLM has no operator of its own around this call
             return torch.ops.graftq.vllm_experts(x, topk_ids, topk_weights, layer.layer_name)
         return layer.graftq(x, topk_ids, topk_weights)
 
