@@ -106,6 +106,17 @@ class QuantExperts(nn.Module):
         self._bound_to: tuple[str, torch.dtype, bool] | None = None
 
     @property
+    def choose(self) -> ChooseExperts:
+        """What finds the kernel for a request."""
+        return self._choose
+
+    @property
+    def bias_names(self) -> tuple[str | None, str | None]:
+        """The names of :attr:`up_bias` and :attr:`down_bias`."""
+        up, down = self._bias_names
+        return up, down
+
+    @property
     def up_bias(self) -> torch.Tensor | None:
         """The layer's own bias for gate and up, [num_experts, width], if it has one."""
         return None if self._bias_names[0] is None else getattr(self, self._bias_names[0])

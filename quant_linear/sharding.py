@@ -12,6 +12,9 @@ from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_cod
 from graftq.quant_linear.row_order import can_multiply_as_one
 from graftq.quant_linear.spec import QuantSpec
 
+Shard = tuple[GptqTensors, QuantSpec]
+"""A projection, or a part of one, as a checkpoint would store it: its tensors and their description."""
+
 
 def shard_outputs(tensors: GptqTensors, spec: QuantSpec, start: int, stop: int) -> tuple[GptqTensors, QuantSpec]:
     """The projection of output rows ``start`` to ``stop`` (column parallel).

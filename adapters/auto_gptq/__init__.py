@@ -1,7 +1,7 @@
-"""AutoGPTQ's door: programs written for ``auto_gptq`` load their checkpoints with graftq, through transformers.
+"""AutoGPTQ's interface: programs written for ``auto_gptq`` load their checkpoints with graftq, by transformers.
 
 Use it as ``from graftq.adapters.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig``. Where AutoGPTQ is not
-installed, ``import auto_gptq`` comes here too, once the user has asked for that: by ``GRAFTQ_AUTO_GPTQ=1`` in the
+installed, ``import auto_gptq`` gives this package if the user asks for it: by ``GRAFTQ_AUTO_GPTQ=1`` in the
 environment of a program that imports torch first, or by :func:`install`.
 """
 
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """Nothing to patch: a finder is put behind all others, for the case that none of them finds ``auto_gptq``."""
+    """Nothing to patch: a finder is put after all others, in case none of them finds ``auto_gptq``."""
     if root == "auto_gptq":
         from graftq.adapters.auto_gptq import stand_in
 

@@ -18,7 +18,7 @@ from graftq.plugin.checkpoint.configuration import autogptq_stem, read_declared
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
 from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 
-QUANTISERS = "GPTQModel (`pip install gptqmodel`) or llm-compressor"
+QUANTIZERS = "GPTQModel (`pip install gptqmodel`) or llm-compressor"
 
 
 class BaseGPTQForCausalLM(nn.Module):
@@ -109,11 +109,11 @@ class BaseGPTQForCausalLM(nn.Module):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """AutoGPTQ loaded the model to be quantized; graftq does not quantize."""
-        raise NotImplementedError(f"graftq loads quantized models (from_quantized). To quantize one, use {QUANTISERS}")
+        raise NotImplementedError(f"graftq loads quantized models (from_quantized). To quantize one, use {QUANTIZERS}")
 
     def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
         """AutoGPTQ quantized here."""
-        raise NotImplementedError(f"this model is quantized, and graftq does not quantize: use {QUANTISERS}")
+        raise NotImplementedError(f"this model is quantized, and graftq does not quantize: use {QUANTIZERS}")
 
     def save_quantized(self, save_dir: str | Path, use_safetensors: bool = True, **kwargs: Any) -> None:
         """Save the checkpoint by the model's ``save_pretrained``; AutoGPTQ finds its files by ``quantize_config.json``.

@@ -1,4 +1,4 @@
-"""The keyword arguments of ``from_quantized`` that are not its own: passed on, without meaning here, or unknown."""
+"""The extra keyword arguments of ``from_quantized``: passed on, without effect here, or unknown."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from graftq.plugin.checkpoint.source import HUB_ARGUMENTS
 logger = logging.getLogger("graftq")
 
 PASSED_ON = (*HUB_ARGUMENTS, "attn_implementation", "code_revision", "dtype", "offload_folder", "proxies")
-"""What goes to transformers as it is."""
+"""Arguments that transformers gets unchanged."""
 
-AS_ALWAYS = ("low_cpu_mem_usage", "trainable", "use_cuda_fp16", "resume_download")
-"""What transformers and graftq do, or do without, in any case."""
+ALWAYS_ON_OR_OFF = ("low_cpu_mem_usage", "trainable", "use_cuda_fp16", "resume_download")
+"""Arguments whose value makes no difference: transformers and graftq always do this, or never."""
 
 WITHOUT_MEANING = {
     "use_triton": False,
@@ -27,13 +27,13 @@ WITHOUT_MEANING = {
     "disable_exllama": None,
     "disable_exllamav2": False,
 }
-"""How AutoGPTQ chose its kernels, with the defaults of its last release."""
+"""Arguments by which AutoGPTQ chose its kernels, with the defaults of its last release."""
 
 
 def sort_out(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Say in one warning which options have no effect, and return those for transformers.
+    """Return the options for transformers; log one warning that names those without effect.
 
-    An option that asks for nothing but AutoGPTQ's default is not worth a word.
+    An option with AutoGPTQ's default value is not mentioned.
     """
     without_meaning = sorted(
         name
@@ -42,7 +42,7 @@ def sort_out(options: Mapping[str, Any]) -> dict[str, Any]:
     )
     renamed = {"use_auth_token": "token"}
     options = {renamed.get(name, name): value for name, value in options.items()}
-    unknown = sorted(options.keys() - {*PASSED_ON, *AS_ALWAYS, *WITHOUT_MEANING})
+    unknown = sorted(options.keys() - {*PASSED_ON, *ALWAYS_ON_OR_OFF, *WITHOUT_MEANING})
     parts = []
     if without_meaning:
         parts.append(f"{', '.join(without_meaning)}: without meaning, as graftq chooses its kernels (GRAFTQ_KERNEL)")

@@ -29,11 +29,11 @@ MODULES = {
     "auto_gptq.utils.exllama_utils": f"{_HERE}.utils",
     "auto_gptq.utils.peft_utils": f"{_HERE}.utils",
 }
-"""Modules that programs import from, and the modules here that stand in for them."""
+"""Modules that programs import from, and the modules of this package that replace them."""
 
 
 class StandIn(Loader):
-    """Finder and loader in one. Stands last on ``sys.meta_path``: an installed AutoGPTQ is found before it.
+    """Finder and loader in one. It is the last on ``sys.meta_path``, so an installed AutoGPTQ is found first.
 
     Attributes:
         asked: Whether :func:`ask` was called.
@@ -45,18 +45,18 @@ class StandIn(Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for a module of ``auto_gptq``, if the user wants one from here."""
+        """A spec for a module of ``auto_gptq``, if the user has asked for the stand-in."""
         if name not in MODULES or switches.disabled() or not (self.asked or switches.is_on(switches.AUTO_GPTQ)):
             return None
         is_package = any(other.startswith(f"{name}.") for other in MODULES)
         return ModuleSpec(name, self, origin=MODULES[name], is_package=is_package)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """A module that is another one."""
+        """A module that forwards to another one."""
         return _Alias(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Import what it stands for."""
+        """Import the module that it forwards to."""
         import_module(MODULES[module.__name__])
         if module.__name__ == "auto_gptq":
             logger.info(
@@ -67,13 +67,13 @@ class StandIn(Loader):
 
 
 class _Alias(ModuleType):
-    """Reads and writes the attributes of the module that it stands for.
+    """Reads and writes the attributes of the module that it forwards to.
 
-    Writes too, because programs put classes of their own in the place of ``AutoModelForCausalLM`` (KoboldAI does).
+    Writes too, because programs replace ``AutoModelForCausalLM`` by classes of their own (KoboldAI does).
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__all__", "__version__"):  # `__path__` and its like are its own
+        if name.startswith("__") and name not in ("__all__", "__version__"):  # `__path__` and similar ones are its own
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         child = f"{self.__name__}.{name}"
         return import_module(child) if child in MODULES else getattr(sys.modules[MODULES[self.__name__]], name)
@@ -89,7 +89,7 @@ _stand_in = StandIn()
 
 
 def place() -> None:
-    """Put the finder behind all others; what it finds still depends on the user."""
+    """Put the finder after all others; it finds nothing until the user asks for it."""
     patching.append(sys.meta_path, _stand_in)
 
 

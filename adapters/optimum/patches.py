@@ -19,14 +19,14 @@ def patch_quantizer(module: ModuleType) -> None:
     replace_attribute(quantizer, "convert_model", lambda stock: functools.wraps(stock)(convert_model))
     replace_attribute(quantizer, "post_init_model", lambda stock: functools.wraps(stock)(post_init_model))
     replace_attribute(module, "load_quantized_model", _load_quantized_model)
-    # What `__init__` makes of GPTQModel's, for quantizing alone.
+    # Stand in for GPTQModel's classes, which `__init__` needs for quantizing only.
     add_attribute(module, "QuantizeConfig", SimpleNamespace)
     add_attribute(module, "FORMAT", str)
     add_attribute(module, "METHOD", str)
 
 
 def patch_package(module: ModuleType) -> None:
-    """The same function where it was imported by value, should that have been before the hook came."""
+    """The same function in the package that imported it by name, in case that was before the patch."""
     replace_attribute(module, "load_quantized_model", _load_quantized_model)
 
 

@@ -18,7 +18,7 @@ OLDEST = (0, 21)
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """LoRA's configuration, which layers of other packages can be registered with, and what finds layers to adapt."""
+    """LoRA's configuration, which accepts layers of other packages, and the functions that find layers to adapt."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -26,7 +26,7 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         return None
     found = version("peft")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        # No warning: text-generation-inference imports the old one that it pins, whether or not it serves adapters.
+        # No warning: text-generation-inference imports the old version that it pins, even if it serves no adapters.
         logger.info("graftq knows PEFT from 0.21 on, and this is %s, which finds no packed layer to adapt", found)
         return None
     return {

@@ -1,6 +1,6 @@
-"""PEFT's LoRA layers around what is packed: the same adapters, by name and shape, as around the float model.
+"""PEFT's LoRA layers around packed layers: the adapters have the names and shapes of those around the float model.
 
-So an adapter that was trained on one loads on the other, and merges once the base model is dequantized.
+So an adapter trained on one loads on the other, and can be merged once the base model is dequantized.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 
-INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base layer's weight alone."""
+INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that do not change the base layer's weight."""
 
 
 class PackedLinear(lora.Linear):
-    """LoRA around a :class:`QuantLinear`, or around the float layer that took its place, which it merges with."""
+    """LoRA around a :class:`QuantLinear`, or around the float layer that replaced it; only the latter can be merged."""
 
     @property
     def lora_variants(self) -> dict[Any, Any]:
-        """Plain LoRA and DoRA: others want to write the base layer's weight, or are not tested here."""
+        """Plain LoRA and DoRA: other variants write to the base layer's weight, or are not tested here."""
         return {(): None, ("use_dora",): variants.DoraLinearVariant}
 
     @property
@@ -37,7 +37,7 @@ class PackedLinear(lora.Linear):
 
     @fan_in_fan_out.setter
     def fan_in_fan_out(self, value: bool) -> None:
-        """Nothing: the layer decides."""
+        """Ignored: the layer decides."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
@@ -77,7 +77,7 @@ class PackedExperts(lora.ParamWrapper):
 
     @_did_swap_in_out_features.setter
     def _did_swap_in_out_features(self, value: bool) -> None:
-        """Nothing: the layer decides."""
+        """Ignored: the layer decides."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         self.num_experts, out_features, in_features = self.get_param().shape
@@ -85,7 +85,7 @@ class PackedExperts(lora.ParamWrapper):
         return in_features, out_features
 
     def get_param(self) -> torch.Tensor:
-        """The stacked weight; while that is packed, one value with its shape [experts, out, in], dtype and device."""
+        """The stacked weight; while it is packed, a single value expanded to its shape [experts, out, in]."""
         experts = self.get_base_layer()
         if not isinstance(experts, QuantExperts):
             return super().get_param()
@@ -129,7 +129,7 @@ class PackedExperts(lora.ParamWrapper):
         super().merge(*args, **kwargs)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The experts without adapters, free again to run in one kernel."""
+        """The experts without adapters, which can run in one kernel again."""
         base = super().unload_and_optionally_merge_module(*args, **kwargs)
         if isinstance(base, QuantExperts):
             base.separate = False
@@ -137,7 +137,7 @@ class PackedExperts(lora.ParamWrapper):
 
 
 def parameters_of(experts: QuantExperts) -> tuple[str, str]:
-    """What the float model calls the stacked weights of its experts, in the order in which PEFT wraps them."""
+    """The float model's names for its experts' stacked weights, in the order in which PEFT wraps them."""
     return ("gate_up_proj" if experts.spec.is_gated else "up_proj", "down_proj")
 
 
@@ -160,10 +160,10 @@ def _device(module: nn.Module) -> torch.device:
 
 def _check_initialization(config: Any) -> None:
     how = config.init_lora_weights
-    if how not in INITIALISATIONS:
+    if how not in INITIALIZATIONS:
         raise ValueError(
             f"init_lora_weights={how!r} changes the weights of the base layer, and these are packed; "
-            f"use one of {', '.join(map(repr, INITIALISATIONS))}, or dequantize() the model first"
+            f"use one of {', '.join(map(repr, INITIALIZATIONS))}, or dequantize() the model first"
         )
 
 

@@ -1,7 +1,7 @@
 """The four places of PEFT that graftq replaces, each by a thin function around the original.
 
-``LoraConfig._register_custom_module`` is PEFT's own door for foreign layers, but a door in each configuration, and
-one that leads only to modules that PEFT finds by itself.
+``LoraConfig._register_custom_module`` is PEFT's own interface for foreign layers, but it has to be called on each
+configuration, and it covers only modules that PEFT finds by itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def patch_config(module: ModuleType) -> None:
 
 
 def patch_model(module: ModuleType) -> None:
-    """Spare the look at a packed layer's weight, which is made at each look."""
+    """Avoid reading a packed layer's weight, which is dequantized at each access."""
     replace_attribute(module.LoraModel, "_replace_module", _replace_quietly)
 
 
 def patch_tuners(module: ModuleType) -> None:
-    """Let ``target_modules="all-linear"`` and ``target_parameters`` find what is packed."""
+    """Let ``target_modules="all-linear"`` and ``target_parameters`` find packed layers."""
     replace_attribute(module, "_maybe_include_all_linear_layers", _include_packed_layers)
     replace_attribute(module.BaseTuner, "_inject_parameters", _inject_into_experts)
 
@@ -71,7 +71,7 @@ def _include_packed_layers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _packed_layers(model: Any) -> list[str]:
-    """Packed linear layers but for the head and those of experts, which PEFT adapts as parameters, if at all."""
+    """Packed linear layers except the head and those of experts, which PEFT adapts only as parameters."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, QuantExperts)]
     return [

@@ -22,7 +22,7 @@ SEAMS = (
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The modules that choose a loader, load weights, run experts, reorder heads, and fall back on transformers."""
+    """The modules that choose a loader, load weights, run experts, reorder heads, and fall back to transformers."""
     if root != ROOT:
         return None
     return {f"{ROOT}.{name}": _patch for name in SEAMS}

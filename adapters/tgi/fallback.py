@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from graftq.adapters.tgi.newer_transformers import mend_load_in_8bit
+from graftq.adapters.tgi.newer_transformers import without_load_in_8bit
 from graftq.plugin import import_hooks
 
 
 def serve_gptq(module: ModuleType, original: Any) -> Any:
-    """Wrap ``CausalLM.fallback`` of ``module``: there GPTQ is the business of the transformers adapter."""
+    """Wrap ``CausalLM.fallback`` of ``module``: there the transformers adapter handles GPTQ."""
     function = original.__func__
 
     @functools.wraps(function)
@@ -24,7 +24,7 @@ def serve_gptq(module: ModuleType, original: Any) -> Any:
             return function(cls, model_id, revision, quantize=quantize, **kwargs)
         if (hook := import_hooks.finder()) is not None:
             hook.announce("text_generation_server")
-        with mend_load_in_8bit(module):
+        with without_load_in_8bit(module):
             model = function(cls, model_id, revision, quantize=None, **kwargs | _dtype(kwargs.get("dtype")))
         model.quantize = quantize
         return model
@@ -33,6 +33,6 @@ def serve_gptq(module: ModuleType, original: Any) -> Any:
 
 
 def _dtype(asked: torch.dtype | None) -> dict[str, torch.dtype | None]:
-    """float16 is what the server sets for GPTQ wherever it runs; its own choice for CPUs is float32."""
+    """The server sets float16 for GPTQ on every device; its own default on CPUs is float32."""
     accelerated = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
     return {"dtype": asked if accelerated or asked != torch.float16 else None}

@@ -1,7 +1,7 @@
 """GPT-NeoX on the flash path, whose code wants the queries of all heads first, then all keys, then all values.
 
-The files have query, key and value head by head. The server reorders plain weights and all biases, but leaves packed
-weights as they are: not an error, but nonsense.
+The files store query, key and value head by head. The server reorders plain weights and all biases, but not packed
+weights: without this patch it raises nothing and generates nonsense.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from graftq.quant_linear.sharding import select_outputs
 
 
 def reorder_packed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``load_qkv``; ``num_heads`` are this rank's."""
+    """Wrap ``load_qkv``; ``num_heads`` is this rank's number of heads."""
 
     @functools.wraps(original)
     def load_qkv(config: Any, prefix: str, weights: Any, num_heads: int, head_size: int, hidden_size: int) -> Any:
@@ -31,7 +31,7 @@ def reorder_packed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _HeadByHead:
-    """In the place of the loader while one layer's query, key and value are loaded."""
+    """Replaces the loader while one layer's query, key and value are loaded."""
 
     def __init__(self, loader: PackedLoader, num_heads: int, head_size: int):
         self.loader = loader
@@ -42,5 +42,5 @@ class _HeadByHead:
         (prefix,) = prefixes
         one = self.loader.read(weights, prefix)
         start, _ = share(prefix, one.spec.out_features, weights.process_group)
-        part = select_outputs(one.tensors, one.spec, start + self.order)
-        return PackedWeight(self.loader, [part], weights.device, weights.dtype, one.lost_bias)
+        shard = select_outputs(one.tensors, one.spec, start + self.order)
+        return PackedWeight(self.loader, [shard], weights.device, weights.dtype, one.lost_bias)

@@ -1,4 +1,4 @@
-"""The server's weights loader for GPTQ: whole projections from the files, cut for this rank, packed as they are."""
+"""The server's weights loader for GPTQ: reads whole projections and cuts them for this rank; they stay packed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import join_outputs, shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import Shard, join_outputs, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
-Part = tuple[GptqTensors, QuantSpec]
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class ServerProjection:
-    """One projection as stored, on the CPU; ``lost_bias`` names a bias in the files that has values other than zero."""
+    """One projection as stored, on the CPU; ``lost_bias`` names a non-zero bias in the files, if there is one."""
 
     tensors: GptqTensors
     spec: QuantSpec
@@ -33,12 +32,12 @@ class ServerProjection:
 
 
 class PackedLoader:
-    """To be mixed into ``GPTQWeightsLoader``, in front of it: every method is the stock one for what is not GPTQ.
+    """A mixin in front of ``GPTQWeightsLoader``; for anything but GPTQ, every method calls the stock one.
 
-    The files decide what is quantized, layer by layer: ``modules_to_not_convert`` and ``dynamic`` need no reading.
+    The files show what is quantized, layer by layer, so ``modules_to_not_convert`` and ``dynamic`` need not be read.
 
     Attributes:
-        checkpoint: What is being loaded; None where the stock loader does it.
+        checkpoint: What is being loaded; None if the stock loader loads it.
     """
 
     def __init__(self, **kwargs: Any):
@@ -62,7 +61,7 @@ class PackedLoader:
         return self._weight(weights, [(one.tensors, one.spec)], one.lost_bias)
 
     def get_weights_col_packed(self, weights: Any, prefix: str, block_sizes: int | list[int]) -> Any:
-        """This rank's share of every block of outputs of a projection that several were packed into."""
+        """This rank's share of each block of outputs of a projection that holds several."""
         if self.checkpoint is None:
             return super().get_weights_col_packed(weights, prefix, block_sizes)  # type: ignore[misc]
         if not self.is_packed(weights, prefix):
@@ -83,7 +82,7 @@ class PackedLoader:
             return super().get_multi_weights_col(weights, prefixes, dim)  # type: ignore[misc]
         if not any(self.is_packed(weights, prefix) for prefix in prefixes):
             return _plain().get_multi_weights_col(weights, prefixes, dim)
-        parts: list[Part | Any] = []
+        parts: list[Shard | Any] = []
         lost = None
         for prefix in prefixes:
             if not self.is_packed(weights, prefix):
@@ -95,16 +94,16 @@ class PackedLoader:
         return self._weight(weights, parts, lost)
 
     def get_weights_row(self, weights: Any, prefix: str) -> Any:
-        """This rank's share of the inputs: its product is one of the terms that the ranks add up."""
+        """This rank's share of the inputs; the ranks add their products up."""
         if self.checkpoint is None:
             return super().get_weights_row(weights, prefix)  # type: ignore[misc]
         if not self.is_packed(weights, prefix):
             return _plain().get_weights_row(weights, prefix)
         one = self.read(weights, prefix)
-        lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the others leave the bias to the first
+        lost = one.lost_bias if weights.process_group.rank() == 0 else None  # the first rank alone adds the bias
         return self._weight(weights, [self.rows(weights, prefix, one)], lost)
 
-    def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Part:
+    def rows(self, weights: Any, prefix: str, one: ServerProjection) -> Shard:
         """This rank's share of the inputs, on the CPU."""
         start, stop = share(prefix, one.spec.in_features, weights.process_group)
         if stop - start == one.spec.in_features:
@@ -112,7 +111,7 @@ class PackedLoader:
         return shard_inputs(one.tensors, one.spec, start, stop, keep_bias=False)
 
     def _get_gptq_params(self, weights: Any) -> None:
-        """Asked here by the first Santacoder's own loading alone, which takes every checkpoint for 4 bits and v1.
+        """Called only by the first Santacoder's loading code, which assumes 4 bits and checkpoint format v1.
 
         Raises:
             CheckpointError: for any other.
@@ -128,7 +127,7 @@ class PackedLoader:
         """Whether the files have this projection quantized.
 
         Raises:
-            CheckpointError: if they do not have it at all.
+            CheckpointError: if they have no tensor for it.
         """
         if any(weights.has_tensor(f"{prefix}.{suffix}") for suffix in ("qweight", "qzeros")):
             return True
@@ -157,34 +156,32 @@ class PackedLoader:
         lost = f"{stored}.bias" if bias is not None and bias.any() else None
         return ServerProjection(GptqTensors(**values), spec, lost)
 
-    def _weight(self, weights: Any, parts: Sequence[Part | Any], lost_bias: str | None) -> PackedWeight:
+    def _weight(self, weights: Any, parts: Sequence[Shard | Any], lost_bias: str | None) -> PackedWeight:
         return PackedWeight(self, parts, weights.device, weights.dtype, lost_bias)
 
     def refuse_lost_bias(self, name: str | None) -> None:
-        """Raise for a bias that the model's code does not ask for."""
+        """Raise for a bias that the model's code does not load."""
         if name is not None:
             assert self.checkpoint is not None
             reason = "non-zero bias, but the model's layer has none"
             raise CheckpointError(reason, file=self.checkpoint.index.tensors[name].file, module=name)
 
-    def make_linear(self, part: Part, device: torch.device, dtype: torch.dtype) -> QuantLinear:
+    def make_linear(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> QuantLinear:
         """A layer on ``device``, ready to run: repacked for its kernel, which has compiled and has its workspace."""
-        tensors, spec = part
-        moved = {name: tensor.to(device) for name, tensor in vars(tensors).items() if tensor is not None}
-        layer = QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, dtype)
+        layer = unbound_linear(shard, device, dtype)
         layer.bind(device.type, dtype)
-        if device.type != "cpu" and (spec, dtype) not in self._ready:
-            self._ready.add((spec, dtype))
-            layer(torch.zeros(1, spec.in_features, device=device, dtype=dtype))
+        if device.type != "cpu" and (layer.spec, dtype) not in self._ready:
+            self._ready.add((layer.spec, dtype))
+            layer(torch.zeros(1, layer.in_features, device=device, dtype=dtype))
         return layer
 
 
 @dataclass
 class PackedWeight:
-    """What the loader gives the server's layers: projections side by side, packed, or plain as the server has them."""
+    """What the loader returns to the server's layers: projections side by side, packed or plain."""
 
     loader: PackedLoader
-    parts: Sequence[Part | Any]
+    parts: Sequence[Shard | Any]
     device: torch.device
     dtype: torch.dtype
     lost_bias: str | None
@@ -193,11 +190,11 @@ class PackedWeight:
         """The layer that computes all of them.
 
         Raises:
-            CheckpointError: if the files have a bias that the model has not.
+            CheckpointError: if the files have a bias and the model's layer has none.
         """
         if bias is None:
             self.loader.refuse_lost_bias(self.lost_bias)
-        parts: list[Part | Any] = []
+        parts: list[Shard | Any] = []
         for is_packed, group in groupby(self.parts, lambda part: isinstance(part, tuple)):
             run = list(group)
             parts += join_outputs(run) if is_packed else run
@@ -213,7 +210,7 @@ class PackedWeight:
 
 
 class SideBySide(nn.Module):
-    """Layers of the same input whose outputs are one; for projections that differ in the order of their rows."""
+    """Concatenates the outputs of layers with the same input, for projections that differ in their act-order."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
@@ -225,7 +222,7 @@ class SideBySide(nn.Module):
 
 
 def share(name: str, size: int, process_group: Any) -> Range:
-    """This rank's part of ``size`` inputs or outputs.
+    """This rank's range of ``size`` inputs or outputs.
 
     Raises:
         ValueError: if it cannot be divided evenly.
@@ -236,18 +233,25 @@ def share(name: str, size: int, process_group: Any) -> Range:
     return process_group.rank() * size // ranks, (process_group.rank() + 1) * size // ranks
 
 
-def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Part]:
-    """The given outputs of a projection, which is not copied where they are all of it."""
+def columns(one: ServerProjection, ranges: Sequence[Range]) -> list[Shard]:
+    """The given ranges of a projection's outputs; no copy is made if they cover all of them."""
     edges = [edge for start_stop in ranges for edge in start_stop]
     if edges[0] == 0 and edges[-1] == one.spec.out_features and edges[1:-1:2] == edges[2:-1:2]:
         return [(one.tensors, one.spec)]
     return [shard_outputs(one.tensors, one.spec, start, stop) for start, stop in ranges]
 
 
-def _with_bias(part: Part, bias: torch.Tensor | None) -> Part:
-    tensors, spec = part
+def unbound_linear(shard: Shard, device: torch.device, dtype: torch.dtype) -> QuantLinear:
+    """A layer on ``device`` with the tensors as stored, for which no kernel has been chosen."""
+    tensors, spec = shard
+    moved = {name: tensor.to(device) for name, tensor in vars(tensors).items() if tensor is not None}
+    return QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, dtype)
+
+
+def _with_bias(shard: Shard, bias: torch.Tensor | None) -> Shard:
+    tensors, spec = shard
     if bias is None:
-        return part
+        return shard
     return replace(tensors, bias=bias.contiguous()), replace(spec, stored_bias=bias.shape[0])
 
 

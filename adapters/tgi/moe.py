@@ -1,4 +1,4 @@
-"""The experts of a sparse layer on the flash path, in the place of the server's own fused layers."""
+"""The experts of a sparse layer on the flash path; replaces the server's own fused layers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from graftq.adapters.tgi.loader import Part, columns, share
+from graftq.adapters.tgi.loader import columns, share, unbound_linear
 from graftq.adapters.tgi.routing import choose_experts
 from graftq.plugin.manager import choose_kernel
+from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import Shard
 
 
 class PackedMoE(nn.Module):
     """What the server's ``SparseMoELayer`` holds: ``down(silu(gate(x)) * up(x))`` of each token's experts, weighted.
 
-    With several ranks each has its share of every expert, and the model adds the results up. The arguments are
+    Each of several ranks has a share of every expert, and the model adds the results up. The arguments are
     those of ``SparseMoELayer``.
     """
 
@@ -55,9 +55,10 @@ class PackedMoE(nn.Module):
             QuantExpert({ours: _projection(weights, f"{prefix}.{number}.{name}", ours) for ours, name in names.items()})
             for number in range(n_experts)
         ]
-        self.experts = QuantExperts(experts, choose_kernel, _silu_and_multiply)
+        self.experts = QuantExperts(experts, choose_kernel, Activation("silu"))
         self.experts.bind(weights.device.type, weights.dtype)
-        if weights.device.type != "cpu":  # kernels compile, and workspaces are allocated, before memory is given away
+        # Compile kernels and allocate workspaces before the server takes the free memory for its cache.
+        if weights.device.type != "cpu":
             hidden = self.experts.spec.of("down_proj")[0].out_features
             states = torch.zeros(1, hidden, device=weights.device, dtype=weights.dtype)
             self(states, gating_output=torch.zeros(1, n_experts, device=weights.device))
@@ -81,16 +82,9 @@ def _projection(weights: Any, prefix: str, role: str) -> QuantLinear:
     loader = weights.loader
     one = loader.read(weights, prefix)
     loader.refuse_lost_bias(one.lost_bias)
-    part: Part
+    shard: Shard
     if role == "down_proj":
-        part = loader.rows(weights, prefix, one)
+        shard = loader.rows(weights, prefix, one)
     else:
-        (part,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
-    tensors, spec = part
-    moved = {name: tensor.to(weights.device) for name, tensor in vars(tensors).items() if tensor is not None}
-    return QuantLinear.from_tensors(spec, GptqTensors(**moved), choose_kernel, weights.dtype)
-
-
-def _silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+        (shard,) = columns(one, [share(prefix, one.spec.out_features, weights.process_group)])
+    return unbound_linear(shard, weights.device, weights.dtype)

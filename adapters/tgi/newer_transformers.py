@@ -1,4 +1,4 @@
-"""What newer versions of transformers changed, and what keeps the server from serving GPTQ models on them."""
+"""What newer versions of transformers changed so that the server cannot serve GPTQ models with them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 logger = logging.getLogger("graftq")
 
 
-def mend_video_input() -> None:
-    """Put ``VideoInput`` back where the server imports it from, lest it give up all of its flash models."""
+def restore_video_input() -> None:
+    """Put ``VideoInput`` back where the server imports it from; without it, all flash models are disabled."""
     old_place: Any = importlib.import_module("transformers.image_utils")
     if hasattr(old_place, "VideoInput"):
         return
@@ -30,8 +30,8 @@ def mend_video_input() -> None:
 
 
 @contextmanager
-def mend_load_in_8bit(module: ModuleType) -> Iterator[None]:
-    """Keep the server's ``load_in_8bit=False`` from transformers 5, which passes it on to the model, which refuses it.
+def without_load_in_8bit(module: ModuleType) -> Iterator[None]:
+    """Drop the server's ``load_in_8bit=False``: transformers 5 passes it on to the model, whose constructor rejects it.
 
     Args:
         module: Whose ``AutoModelForCausalLM`` is to accept the argument until the block is left.
@@ -44,7 +44,7 @@ def mend_load_in_8bit(module: ModuleType) -> Iterator[None]:
     class AutoModelForCausalLM(stock):
         @classmethod
         def from_pretrained(cls, *args: Any, load_in_8bit: bool = False, **kwargs: Any) -> Any:
-            assert not load_in_8bit  # the server asks for this with bitsandbytes alone
+            assert not load_in_8bit  # the server sets it only for bitsandbytes
             return stock.from_pretrained(*args, **kwargs)
 
     logger.info("graftq: kept load_in_8bit from transformers, which does not know it any more")

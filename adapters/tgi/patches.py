@@ -1,6 +1,6 @@
 """The places of the server that graftq replaces, each by a thin function or class around the original.
 
-All are looked up where they are used, or are attributes of classes, so that it does not matter who has imported what.
+All are looked up at each use or are attributes of classes, so the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _no_marlin(original: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _patch_gptq(module: ModuleType) -> None:
-    """A subclass, as model code asks ``isinstance(loader, GPTQWeightsLoader)``."""
+    """A subclass, because model code tests ``isinstance(loader, GPTQWeightsLoader)``."""
     from graftq.adapters.tgi.loader import PackedLoader
 
     replace_attribute(
@@ -51,7 +51,7 @@ def _patch_gptq(module: ModuleType) -> None:
 
 
 def _patch_moe(module: ModuleType) -> None:
-    """The class keeps its identity: model code has imported it by value."""
+    """The class itself stays: model code has imported it by name."""
     layer = module.SparseMoELayer
     replace_attribute(layer, "is_supported", _supports_packed)
     replace_attribute(layer, "__init__", _take_packed)
@@ -102,11 +102,11 @@ def _patch_gpt_neox(module: ModuleType) -> None:
 
 
 def _patch_causal_lm(module: ModuleType) -> None:
-    """The server's own path without flash attention: it has transformers load the model."""
+    """The server's path without flash attention, on which transformers loads the model."""
     from graftq.adapters.tgi import fallback, newer_transformers
 
     server_log.forward()
-    newer_transformers.mend_video_input()
+    newer_transformers.restore_video_input()
     replace_attribute(module.CausalLM, "fallback", functools.partial(fallback.serve_gptq, module))
 
 

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, in the variants that the server's sparse layer has."""
+"""The routing of tokens to experts, in the variants of the server's sparse layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def choose_experts(
     groups: int | None = None,
     top_groups: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose ``top_k`` experts for each token; no step waits for the device.
+    """Choose ``top_k`` experts for each token, without synchronizing with the device.
 
     Sources: Mixtral of Experts (2024); DeepSeek-V2 (2024) and -V3 (2024) for groups, sigmoid and correction bias.
 

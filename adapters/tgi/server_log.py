@@ -1,4 +1,4 @@
-"""graftq's messages in the server's log, which shows nothing but loguru records in the server's own name."""
+"""graftq's messages in the server's log, which shows only loguru records under the server's own name."""
 
 from __future__ import annotations
 

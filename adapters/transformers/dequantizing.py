@@ -1,4 +1,4 @@
-"""``model.dequantize()``: the plain float model that a packed one stands for."""
+"""``model.dequantize()``: turns a packed model into a plain float model with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from graftq.quant_linear.packing import dequantize
 
 @torch.no_grad()
 def dequantize_model(model: Any, origin: Origin, dtype: torch.dtype | None) -> Any:
-    """Put the plain modules back, with the weights that the formula gives, rounded once, to ``dtype``.
+    """Put the plain modules back, with dequantized weights that are rounded once, to ``dtype``.
 
     Adapters around packed layers stay where they are, around the plain ones.
 
     Args:
         model: What was loaded, or the model inside that.
-        origin: What is remembered of its checkpoint; used up.
+        origin: What is remembered of its checkpoint; its plain modules move into the model.
         dtype: None for the model's own.
 
     Raises:
@@ -51,7 +51,7 @@ def dequantize_model(model: Any, origin: Origin, dtype: torch.dtype | None) -> A
 
 
 def _plain_name(name: str) -> str:
-    return name.replace(".base_layer", "")  # what PEFT's layers call the layer that they surround
+    return name.replace(".base_layer", "")  # PEFT's name for the layer that an adapter wraps
 
 
 def _check_complete(model: nn.Module, found: list[tuple[str, Any]]) -> None:
@@ -76,7 +76,7 @@ def _fill_linear(plain: nn.Module, packed: QuantLinear, dtype: torch.dtype) -> N
 
 
 def _fill_experts(plain: Any, packed: QuantExperts, dtype: torch.dtype) -> None:
-    """Stack the experts' weights as transformers' experts interface has them."""
+    """Stack the experts' weights as transformers' experts modules store them."""
     up_name = next(name for name in ("gate_up_proj", "up_proj") if name == "up_proj" or packed.spec.is_gated)
     weights: dict[str, torch.Tensor] = {}
     for expert in range(packed.num_experts):
@@ -118,7 +118,7 @@ def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _take_over(plain: nn.Module, packed: nn.Module) -> None:
-    """Mode, and the hook by which accelerate moves inputs to this module's device."""
+    """Copy the mode, and the hook by which accelerate moves inputs to this module's device."""
     plain.training = packed.training
     hook = getattr(packed, "_hf_hook", None)
     if hook is not None:
@@ -132,7 +132,7 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _cast(model: Any, old: torch.dtype, new: torch.dtype) -> None:
-    """Bring what has the model's dtype to the new one; what the model keeps in another stays."""
+    """Cast what has the model's dtype to the new one; what the model keeps in another dtype stays."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == old:
             tensor.data = tensor.data.to(new)
@@ -140,7 +140,7 @@ def _cast(model: Any, old: torch.dtype, new: torch.dtype) -> None:
 
 
 def _forget(model: Any) -> None:
-    """Drop what made transformers treat the model, and the models inside it, as quantized."""
+    """Remove what makes transformers treat the model, and the models inside it, as quantized."""
     from transformers.modeling_utils import PreTrainedModel
 
     head = model.get_output_embeddings()

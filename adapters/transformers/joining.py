@@ -1,4 +1,4 @@
-"""Which layers of a transformers model share their input, by the names that its models give them."""
+"""Finds the layers of a model that share their input, by the names that transformers' models give them."""
 
 from __future__ import annotations
 

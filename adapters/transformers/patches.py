@@ -1,13 +1,17 @@
-"""The six places of transformers that graftq replaces, each by a thin function around the original."""
+"""The seven places of transformers that graftq replaces, each by a thin function around the original."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from graftq.adapters.transformers.loading import Files, Loading, current, remember_source, resolve_by
+from graftq.adapters.transformers.overwriting import replacing
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
 from graftq.adapters.transformers.registry import GPTQConfig, register
 from graftq.adapters.transformers.saving import write_parameters
@@ -15,13 +19,17 @@ from graftq.plugin.patching import replace_attribute
 
 
 def patch_quantizers(module: ModuleType) -> None:
-    """Put graftq's quantizer and configuration class in the place of the stock ones for "gptq"."""
+    """Replace the stock quantizer and configuration class for "gptq" by graftq's."""
     register(module, GptqHfQuantizer)
 
 
 def patch_modeling(module: ModuleType) -> None:
-    """Let loading see ``quantize_config.json``, and weights under AutoGPTQ's names; let saving write the former."""
+    """Let loading find ``quantize_config.json`` and weights under AutoGPTQ's names, and saving write the former.
+
+    A packed model that is saved over an older checkpoint takes its place as a whole.
+    """
     replace_attribute(module.PreTrainedConfig, "save_pretrained", _write_parameters)
+    replace_attribute(module.PreTrainedModel, "save_pretrained", _replace_older)
     replace_attribute(module.PreTrainedModel, "from_pretrained", remember_source)
     replace_attribute(module, "get_hf_quantizer", _read_configuration)
     replace_attribute(module, "_get_resolved_checkpoint_files", resolve_by(_find_files))
@@ -53,5 +61,29 @@ def _write_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(parameters, GPTQConfig) and parameters.dataset is None:
             write_parameters(parameters.to_dict(), save_directory)
         return done
+
+    return save_pretrained
+
+
+def _replace_older(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        passed = signature.bind(self, save_directory, *args, **kwargs).arguments
+        is_packed = isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer)
+        if (
+            not is_packed
+            or getattr(self, "_hf_peft_config_loaded", False)  # writes the adapters alone
+            or not passed.get("is_main_process", True)
+            or passed.get("distributed_checkpoint")
+            or os.path.isfile(save_directory)
+        ):
+            return original(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if passed.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        with replacing(folder) as staged:
+            return original(self, staged, *args, **kwargs)
 
     return save_pretrained

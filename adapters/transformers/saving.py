@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes: the checkpoint's own tensors and names, whatever kernels have made of them."""
+"""What ``save_pretrained`` writes: the checkpoint's own tensors and names, whatever layout kernels have chosen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
+from graftq.adapters.transformers.overwriting import replacing, write_json
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
@@ -26,10 +27,10 @@ class Origin:
     """What is remembered of a checkpoint once it is loaded.
 
     Attributes:
-        names: Tensors' names in the model, by their names in the files; only those that became one tensor by
-            themselves.
-        plain: The modules that packed ones stand for, without their weights, by name.
-        idle_biases: Biases that the files have and the model has not, by name in the model: zeros, on the meta device.
+        names: Tensors' names in the model, by their names in the files; only those that became a tensor
+            unmerged with others.
+        plain: The modules that packed ones replaced, without their weights, by name.
+        idle_biases: Biases that only the files have, by name in the model: zeros, on the meta device.
         dequantized: What was packed in the files and is plain in the model, by module.
     """
 
@@ -55,7 +56,7 @@ class Origin:
 
 
 class StoredNames(WeightRenaming):
-    """Names as the files have them: exactly where they are known, by the model's own renamings elsewhere.
+    """Names as in the files: looked up where they are known, else by the model's own renamings.
 
     transformers keeps a model's conversions after loading, and saves by what ``reverse_transform`` returns.
     """
@@ -68,7 +69,7 @@ class StoredNames(WeightRenaming):
         self.renamings = renamings
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and the pattern that led there, if it was one."""
+        """The new name, and the pattern that matched, if one did."""
         if source_key in self.exact:
             return self.exact[source_key], None
         renamed, pattern = source_key, None
@@ -78,7 +79,7 @@ class StoredNames(WeightRenaming):
         return renamed, pattern
 
     def reverse_transform(self) -> StoredNames:
-        """The way back."""
+        """The inverse."""
         exact = {target: source for source, target in self.exact.items()}
         return StoredNames(exact, [renaming.reverse_transform() for renaming in self.renamings[::-1]])
 
@@ -86,7 +87,7 @@ class StoredNames(WeightRenaming):
 def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     """The model's state dict, with packed weights as the checkpoint stores them, by their names in the model.
 
-    Packed tensors are on the CPU, but for those that are offloaded, which are on the meta device.
+    Packed tensors are on the CPU, except for offloaded ones, which are on the meta device.
 
     Raises:
         ValueError: if a packed layer is not where it was loaded, or the configuration does not say it is packed.
@@ -162,7 +163,7 @@ def _own_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def write_parameters(parameters: Mapping[str, Any], folder: str | Path) -> None:
     """Write ``quantize_config.json``."""
-    _write_json(Path(folder, QUANTIZE_CONFIG), parameters)
+    write_json(Path(folder, QUANTIZE_CONFIG), parameters)
 
 
 def save_quantized(model: Any, folder: str | Path, **arguments: Any) -> None:
@@ -180,28 +181,28 @@ def save_quantized(model: Any, folder: str | Path, **arguments: Any) -> None:
     """
     if arguments.get("push_to_hub") or arguments.get("variant"):
         raise ValueError("save_quantized() names the files itself, and uploads nothing")
-    folder = Path(folder)
-    model.save_pretrained(folder, **arguments)
     if not arguments.get("is_main_process", True):
+        model.save_pretrained(folder, **arguments)  # writes nothing
         return
+    with replacing(Path(folder)) as staged:
+        model.save_pretrained(staged, **arguments)
+        _rename_weights(staged)
+
+
+def _rename_weights(folder: Path) -> None:
+    """Give transformers' weight files AutoGPTQ's names, and say so in ``quantize_config.json``."""
     parameters = json.loads((folder / QUANTIZE_CONFIG).read_text(encoding="utf-8"))
     stem = autogptq_stem(parameters["bits"], parameters.get("group_size", -1))
+    for path in folder.glob("model*.safetensors"):
+        path.replace(folder / _renamed(path.name, stem))
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted(set(content["weight_map"].values()))
         content["weight_map"] = {name: _renamed(file, stem) for name, file in content["weight_map"].items()}
-        _write_json(folder / _renamed(index.name, stem), content)
+        write_json(folder / _renamed(index.name, stem), content)
         index.unlink()
-    for name in names:
-        (folder / name).replace(folder / _renamed(name, stem))
-    _write_json(folder / QUANTIZE_CONFIG, {**parameters, "model_file_base_name": stem})
+    write_json(folder / QUANTIZE_CONFIG, {**parameters, "model_file_base_name": stem})
 
 
 def _renamed(file: str, stem: str) -> str:
     return stem + file.removeprefix("model")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Tensor parallelism: each rank keeps its part of every packed layer that the model's ``tp_plan`` shards.
 
-transformers shards a parameter while it loads it, each by itself; the tensors of a packed layer can only be cut
-together (act-order, words that hold several codes). So every rank loads packed layers whole, and cuts them afterwards,
-which takes the memory of the whole packed model for a moment. Everything else transformers shards as ever.
+transformers shards each parameter by itself, while loading it; the tensors of a packed layer can only be cut
+together (act-order, words that hold several codes). So every rank loads packed layers whole and cuts them afterwards,
+which temporarily takes the memory of the whole packed model. transformers shards everything else as usual.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import shard_inputs, shard_outputs
-from graftq.quant_linear.spec import QuantSpec
+from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output", "colwise_rep")
 GATHERING = ("colwise_gather_output", "colwise_rep")
@@ -27,12 +25,12 @@ ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
 SPLITTING = ("rowwise_split_input", "rowwise_rep")
 EXPERTS_STYLE = "moe_tp_experts"
 WHOLE = "replicate"
-"""The style of a parameter that every rank keeps; older versions skip names that they do not know, to the same end."""
+"""The style of a parameter that every rank keeps; older versions skip unknown styles, which has the same effect."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """One rank among those that share a layer."""
+    """One of the ranks that share a layer."""
 
     rank: int
     size: int
@@ -55,17 +53,17 @@ def keep_whole(model: Any) -> None:
     names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
     for name in stacked - names:
-        plan.pop(name, None)  # no experts module has this weight any more
+        plan.pop(name, None)  # no experts module has this weight now
 
 
 def shard(model: Any) -> bool:
-    """Leave each packed layer that the plan shards only this rank's part, before kernels are chosen.
+    """Reduce each packed layer that the plan shards to this rank's part, before kernels are chosen.
 
     Returns:
         Whether the model is distributed, and thus not whole in this process.
 
     Raises:
-        ValueError: naming the layer and what it cannot be cut by.
+        ValueError: naming the layer and why it cannot be cut.
     """
     config = getattr(model.config, "distributed_config", None)
     mesh = getattr(model, "_device_mesh", None)
@@ -143,19 +141,19 @@ def _cut_inputs(layer: QuantLinear, split: bool, part: TensorSlice) -> QuantLine
     return cut
 
 
-def _layer(shard: tuple[GptqTensors, QuantSpec], like: QuantLinear) -> QuantLinear:
+def _layer(shard: Shard, like: QuantLinear) -> QuantLinear:
     tensors, spec = shard
     return QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
 
 
 def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
-    """Every expert on every rank, with a part of its intermediate features."""
+    """Every expert stays on every rank, with a part of its intermediate features."""
     if experts.post_expert_norm is not None:
         raise ValueError("its experts' outputs are normalized, which wants them whole")
     width = experts.spec.of("down_proj")[0].in_features
     start, stop = part.of(width)
-    up_bias: Any = experts.up_bias
-    down_bias: Any = None if part.rank else experts.down_bias
+    up_name, down_name = experts.bias_names
+    up_bias, down_bias = experts.up_bias, None if part.rank else experts.down_bias
     if up_bias is not None:
         if experts.spec.is_gated and experts.spec.is_concatenated:
             up_bias = torch.cat((up_bias[:, start:stop], up_bias[:, width + start : width + stop]), dim=1)
@@ -164,17 +162,22 @@ def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
             up_bias = up_bias[:, ratio * start : ratio * stop].contiguous()
     cut = QuantExperts(
         [_cut_expert(experts, number, start, stop, part.rank == 0) for number in range(experts.num_experts)],
-        experts._choose,
+        experts.choose,
         experts.activate,
         is_concatenated=experts.spec.is_concatenated,
-        up_bias=None if up_bias is None else (experts._bias_names[0] or "", nn.Parameter(up_bias)),
-        down_bias=None if down_bias is None else (experts._bias_names[1] or "", down_bias),
+        up_bias=_named(up_name, up_bias),
+        down_bias=_named(down_name, down_bias),
     )
     cut.register_forward_pre_hook(
         lambda _, args: (_Shared.apply(args[0], part.group), args[1], _Shared.apply(args[2], part.group))
     )
     cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
     return cut
+
+
+def _named(name: str | None, bias: torch.Tensor | None) -> tuple[str, nn.Parameter] | None:
+    """A bias as :class:`QuantExperts` takes it."""
+    return None if name is None or bias is None else (name, nn.Parameter(bias))
 
 
 def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_first: bool) -> QuantExpert:
@@ -198,7 +201,7 @@ def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_fi
 
 
 class _Shared(torch.autograd.Function):
-    """An input that every rank has, and uses for its own part: the gradients of the parts add up."""
+    """An input that all ranks have; the sum of the ranks' gradients is its gradient."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -213,7 +216,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """Parts of an output that add up to the whole, which every rank gets."""
+    """Sums the ranks' parts of an output; every rank gets the sum."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -227,7 +230,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """Parts of an output side by side, on every rank."""
+    """Concatenates the ranks' parts of an output; every rank gets all of it."""
 
     @staticmethod
     def forward(ctx, x, group, rank, size):

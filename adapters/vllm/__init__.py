@@ -1,4 +1,4 @@
-"""vLLM: GPTQ checkpoints through its own plugin door, the entry points of ``vllm.general_plugins``.
+"""vLLM: GPTQ checkpoints by its own plugin interface, the entry points of ``vllm.general_plugins``.
 
 Covered: vLLM 0.30 to 0.33. This module is imported, and :func:`register` called, in every process that vLLM starts;
 neither costs more than vLLM's own start-up, and neither ever raises.

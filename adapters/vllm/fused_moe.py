@@ -1,8 +1,8 @@
-"""The routed experts of a mixture-of-experts layer."""
+"""vLLM's method for the routed experts of a mixture-of-experts layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from graftq.adapters.vllm.base_config import BaseConfig
 from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
 from graftq.plugin.manager import choose_kernel
-from graftq.quant_linear.activations import Activate, Activation
+from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.linear import QuantLinear
@@ -36,7 +36,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
     """What vLLM calls for the quantized experts of one layer.
 
     Args:
-        config: The checkpoint's.
+        config: The checkpoint's configuration.
         moe: vLLM's description of the layer.
         names: The stored names of the experts' projections, by number and name.
     """
@@ -45,7 +45,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.config = config
         self.names = names
-        self.arriving: dict[tuple[int, str], ProjectionLoader] = {}
+        self.loaders: dict[tuple[int, str], ProjectionLoader] = {}
         self.hidden = self.intermediate = 0
         self.dtype = torch.get_default_dtype()
         self.device = torch.get_default_device()
@@ -59,9 +59,9 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
+        """Register empty parameters whose loaders collect the tensors, whatever their shape."""
         self.hidden, self.intermediate, self.dtype = hidden_size, intermediate_size_per_partition, params_dtype
-        self.activate = _activate(layer)
+        self.activation = _activation(layer)
         for name in _parameters():
             empty = nn.Parameter(torch.empty(0, dtype=torch.int32, device=self.device), requires_grad=False)
             loader = partial(self.load, layer, name.partition("_")[2])
@@ -80,7 +80,7 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         expert_id: int,
         return_success: bool = False,
     ) -> bool | None:
-        """Take one whole tensor of one expert; those of other ranks' experts are passed over.
+        """Take one whole tensor of one expert; those of other ranks' experts are skipped.
 
         Raises:
             CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
@@ -88,12 +88,12 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         if shard_id not in NAMES:  # GPT-OSS's own, for experts that are fused in the files
             reason = f"graftq does not know vLLM's shard {shard_id!r}"
             raise self.config.stored.explain(CheckpointError(reason, module=f"{layer.layer_name}.{expert_id}"))
-        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        local = _local(layer, expert_id)
         if local >= 0:
-            if (local, shard_id) not in self.arriving:
-                self.arriving[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
+            if (local, shard_id) not in self.loaders:
+                self.loaders[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
             try:
-                self.arriving[local, shard_id].put(suffix, loaded_weight)
+                self.loaders[local, shard_id].put(suffix, loaded_weight)
             except CheckpointError as error:
                 raise self.config.stored.explain(error) from error
         return local >= 0 if return_success else None
@@ -110,12 +110,12 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         return ProjectionLoader(module, declared, self.hidden, whole, cut, self.device, self.moe.has_bias)
 
     def _name(self, layer: Any, expert: int, shard: str) -> str:
-        """The stored name of a projection, or where none is known, what vLLM would call it."""
+        """The stored name of a projection; where it is not known, vLLM's name."""
         known = (self.names[expert, name] for name in NAMES[shard] if (expert, name) in self.names)
         return next(known, f"{layer.layer_name}.{expert}.{shard}")
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything has come, and make packed experts of it.
+        """Check that every tensor has arrived, and build packed experts from them.
 
         Raises:
             CheckpointError: naming file, module and reason, if anything is missing or damaged.
@@ -132,22 +132,22 @@ class GraftqMoEMethod(FusedMoEMethodBase):
             ]
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
-        self.arriving = {}
-        packed = QuantExperts(experts, choose_kernel, self.activate)
+        self.loaders = {}
+        packed = QuantExperts(experts, choose_kernel, self.activation)
         packed.bind(self.device.type, self.dtype)
         for name in _parameters():
-            if name != "w2_qweight":  # LoRA asks it for the device
+            if name != "w2_qweight":  # LoRA reads the device from it
                 delattr(layer, name)
         layer.graftq = packed
         self.config.remember(f"{layer.layer_name}: {packed}")
 
     def _linear(self, layer: Any, local: int, shard: str) -> QuantLinear:
-        found = self.arriving.get((local, shard))
+        found = self.loaders.get((local, shard))
         if found is None:
             ours = (e for e in range(layer.global_num_experts) if _local(layer, e) == local)
             module = self._name(layer, next(ours, local), shard)
             raise CheckpointError("no tensor in the checkpoint for this projection", module=module)
-        ((tensors, spec),) = found.parts()
+        ((tensors, spec),) = found.shards()
         return QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -166,15 +166,15 @@ class GraftqMoEMethod(FusedMoEMethodBase):
         """``x`` [tokens, hidden], weights and ids [tokens, top_k]; this rank's part of the sum, [tokens, hidden]."""
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        if layer.expert_map is not None:  # other ranks' experts are -1 to vLLM, and beyond the last one to us
-            local = layer.expert_map[topk_ids.long()]
-            topk_ids = torch.where(local < 0, layer.local_num_experts, local)
-        if torch.compiler.is_compiling():  # where vLLM's own operator around all this does not hide it (CPU)
+        if layer.expert_map is not None:  # other ranks' experts become -1, and add nothing
+            topk_ids = layer.expert_map[topk_ids.long()]
+        if torch.compiler.is_compiling():  # on CPUs, where vLLM has no operator of its own around this call
             return torch.ops.graftq.vllm_experts(x, topk_ids, topk_weights, layer.layer_name)
         return layer.graftq(x, topk_ids, topk_weights)
 
 
 def _local(layer: Any, expert: int) -> int:
+    """An expert's number on this rank; negative if it is another's."""
     return layer._map_global_expert_id_to_local_expert_id(expert)
 
 
@@ -182,18 +182,17 @@ def _parameters() -> list[str]:
     return [f"{name}_{suffix}" for name in ("w13", "w2") for suffix in SUFFIXES]
 
 
-def _activate(layer: Any) -> Activate:
+def _activation(layer: Any) -> Activation:
+    """vLLM's name for it, as ours.
+
+    Raises:
+        NotImplementedError: for one that graftq does not know.
+    """
     name = layer.activation.value
     known = ACTIVATIONS.get(name.removesuffix("_no_mul"))
     if known is None or (getattr(layer, "swiglu_limit", None) is not None and known.name != "swiglu_oai"):
         raise NotImplementedError(f"{layer.layer_name}: graftq does not know the experts' activation {name!r}")
-    if not layer.activation.is_gated:
-        return partial(known, None)
-    return partial(_gated, known)
-
-
-def _gated(activation: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return activation(*x.chunk(2, dim=-1))
+    return known
 
 
 def _run_by_name(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers, fused ones and the output embedding included."""
+"""vLLM's method for linear layers, including fused ones and the output embedding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftq.quant_linear.sharding import join_outputs
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 TENSORS = SUFFIXES[:-1]
-"""What is loaded here; a bias is vLLM's own."""
+"""The tensors that are loaded here; vLLM loads a bias itself."""
 
 OUTPUT_DIM = {"qweight": 1, "qzeros": 1, "scales": 1}
 """The dimension of the outputs, in the tensors that have one; in ``qzeros`` it is packed."""
@@ -29,12 +29,12 @@ OUTPUT_DIM = {"qweight": 1, "qzeros": 1, "scales": 1}
 
 @dataclass(frozen=True)
 class Partition:
-    """One of the projections that vLLM has fused into a layer, and this rank's share of its outputs.
+    """One of the projections that vLLM has fused into a layer, and the range of its outputs on this rank.
 
     Attributes:
-        full: Outputs over all ranks, as the checkpoint has them.
-        start: This rank's first.
-        stop: Beyond its last.
+        full: Number of outputs over all ranks, as in the checkpoint.
+        start: This rank's first output.
+        stop: One past its last.
     """
 
     full: int
@@ -46,7 +46,7 @@ class GraftqLinearMethod(LinearMethodBase):
     """What vLLM calls for one quantized linear layer.
 
     Args:
-        config: The checkpoint's.
+        config: The checkpoint's configuration.
         prefix: vLLM's name of the layer.
         names: The stored names of its projections: one, or one for each part of a fused layer.
     """
@@ -56,7 +56,7 @@ class GraftqLinearMethod(LinearMethodBase):
         self.config = config
         self.prefix = prefix
         self.names = names
-        self.arriving: dict[tuple[int, ...], ProjectionLoader] = {}
+        self.loaders: dict[tuple[int, ...], ProjectionLoader] = {}
         self.partitions: list[Partition] = []
         self.cut_inputs: Cut | None = None
         self.in_features = 0
@@ -74,7 +74,7 @@ class GraftqLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Put empty parameters in place whose loaders collect the tensors, whatever their shape."""
+        """Register empty parameters whose loaders collect the tensors, whatever their shape."""
         self.in_features, self.dtype = input_size, params_dtype
         self.width = sum(output_partition_sizes)
         self.partitions = partitions_of(layer, output_partition_sizes, output_size)
@@ -82,10 +82,10 @@ class GraftqLinearMethod(LinearMethodBase):
             start = layer.tp_rank * input_size_per_partition
             self.cut_inputs = inputs(start, start + input_size_per_partition)
         for suffix in TENSORS:
-            dtype = params_dtype if suffix == "scales" else torch.int32  # vLLM warns of floats for integers
+            dtype = params_dtype if suffix == "scales" else torch.int32  # vLLM warns if integers are loaded into floats
             empty = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
             empty.weight_loader = partial(self.load, suffix)  # type: ignore[attr-defined]
-            if suffix in OUTPUT_DIM:  # Falcon's code asks for it, to bring queries, keys and values apart
+            if suffix in OUTPUT_DIM:  # Falcon's code reads it to split queries, keys and values
                 empty.output_dim = OUTPUT_DIM[suffix]  # type: ignore[attr-defined]
             layer.register_parameter(suffix, empty)
 
@@ -102,10 +102,10 @@ class GraftqLinearMethod(LinearMethodBase):
             CheckpointError: naming file, module and reason, if it completes a projection that is damaged.
         """
         covered = self._covered(loaded_shard_id)
-        if covered not in self.arriving:
-            self.arriving[covered] = self._expect(covered)
+        if covered not in self.loaders:
+            self.loaders[covered] = self._expect(covered)
         try:
-            self.arriving[covered].put(suffix, loaded_weight)
+            self.loaders[covered].put(suffix, loaded_weight)
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
 
@@ -135,7 +135,7 @@ class GraftqLinearMethod(LinearMethodBase):
         return self.names[0] if len(self.names) == 1 else self.prefix
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything has come, and make packed layers of it.
+        """Check that every tensor has arrived, and build packed layers from them.
 
         Raises:
             CheckpointError: naming file, module and reason, if anything is missing or damaged.
@@ -143,12 +143,12 @@ class GraftqLinearMethod(LinearMethodBase):
         if hasattr(layer, "graftq"):
             return
         try:
-            parts = join_outputs([part for covered in self._all() for part in covered.parts()])
+            shards = join_outputs([shard for loader in self._all() for shard in loader.shards()])
             self._check_biases(layer)
         except CheckpointError as error:
             raise self.config.stored.explain(error) from error
-        self.arriving = {}
-        layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in parts]
+        self.loaders = {}
+        layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in shards]
         for packed in layers:
             packed.bind(self.device.type, self.dtype)
         for suffix in TENSORS[1:]:  # LoRA asks `qweight` for the device
@@ -157,27 +157,27 @@ class GraftqLinearMethod(LinearMethodBase):
         self.config.remember(f"{self.prefix}: {layers}")
 
     def _all(self) -> list[ProjectionLoader]:
-        """The projections in the order of their outputs; each of the layer's must be there, once."""
-        found = sorted(self.arriving)
+        """The loaders in the order of their outputs; each projection must have arrived exactly once."""
+        found = sorted(self.loaders)
         covered = [index for indices in found for index in indices]
         for index in range(len(self.partitions)):
             if covered.count(index) != 1:
                 number = "two tensors" if index in covered else "no tensor in the checkpoint"
                 raise CheckpointError(f"{number} for this projection", module=self._name((index,)))
-        return [self.arriving[indices] for indices in found]
+        return [self.loaders[indices] for indices in found]
 
     def _check_biases(self, layer: Any) -> None:
         if getattr(layer, "bias", None) is not None:
             return
-        for arriving in self.arriving.values():
-            bias = self.config.stored.idle_bias(arriving.module)
+        for loader in self.loaders.values():
+            bias = self.config.stored.idle_bias(loader.module)
             if bias is not None:
-                arriving.refuse_bias(bias)
+                loader.refuse_bias(bias)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x`` [..., K] in the layer's dtype; [..., N], zeros where the vocabulary is padded."""
         found = [packed(x) for packed in layer.graftq]
-        if not found:  # a rank that has nothing but padding
+        if not found:  # this rank has only padding
             return x.new_zeros(*x.shape[:-1], self.width)
         out = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         if out.shape[-1] < self.width:
@@ -197,8 +197,8 @@ def partitions_of(layer: Any, sizes: Sequence[int], output_size: int) -> list[Pa
     if vocabulary is not None:
         start, stop = vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index
         return [Partition(layer.org_vocab_size, start, stop)]
-    ranks = output_size // sum(sizes)  # 1 for a layer that every rank has whole
-    # Where there are more ranks than key and value heads, several ranks share one.
+    ranks = output_size // sum(sizes)  # 1 for a layer that is replicated
+    # Where there are more ranks than key and value heads, several ranks share a head.
     replicas = [1] + [getattr(layer, "num_kv_head_replicas", 1)] * (len(sizes) - 1)
     found = []
     for size, shared in zip(sizes, replicas, strict=True):

@@ -11,11 +11,10 @@ from graftq.plugin.checkpoint.headers import SUFFIXES, TensorInfo, torch_dtypes
 from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
-from graftq.quant_linear.sharding import shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
-Part = tuple[GptqTensors, QuantSpec]
-Cut = Callable[[GptqTensors, QuantSpec], list[Part]]
+Cut = Callable[[GptqTensors, QuantSpec], list[Shard]]
 """From a whole projection to what this rank keeps of it."""
 
 
@@ -50,7 +49,7 @@ class ProjectionLoader:
         self.has_bias = has_bias
         self._cut = cut
         self._tensors: dict[str, torch.Tensor] = {}
-        self._parts: list[Part] | None = None
+        self._shards: list[Shard] | None = None
         wanted = SUFFIXES if has_bias else SUFFIXES[:-1]
         self._missing = set(wanted)
 
@@ -70,7 +69,7 @@ class ProjectionLoader:
         # A copy in any case: some of vLLM's readers reuse the memory.
         self._tensors[suffix] = tensor.detach().to(self.device, copy=True)
         if not self._missing:
-            self.parts()
+            self.shards()
 
     def refuse_bias(self, bias: torch.Tensor) -> None:
         """AutoGPTQ stores a bias of zeros for every layer; any other, vLLM would drop without a word.
@@ -81,19 +80,19 @@ class ProjectionLoader:
         if bias.any():
             raise CheckpointError("non-zero bias, but the model's layer has none", module=f"{self.module}.bias")
 
-    def parts(self) -> list[Part]:
+    def shards(self) -> list[Shard]:
         """What this rank keeps; to be asked when all of the checkpoint has been handed over.
 
         Raises:
             CheckpointError: naming the module and the reason, if a tensor is missing or wrong.
         """
-        if self._parts is None:
+        if self._shards is None:
             tensors, spec = self._check()
             self._tensors = {}
-            self._parts = self._cut(tensors, spec)
-        return self._parts
+            self._shards = self._cut(tensors, spec)
+        return self._shards
 
-    def _check(self) -> Part:
+    def _check(self) -> Shard:
         if not self._tensors:
             raise CheckpointError("no tensor in the checkpoint for this projection", module=self.module)
         names = {dtype: name for name, dtype in torch_dtypes().items()}
@@ -124,7 +123,7 @@ def outputs(*ranges: tuple[int, int]) -> Cut:
         elif start < stop:
             merged.append((start, stop))
 
-    def cut(tensors: GptqTensors, spec: QuantSpec) -> list[Part]:
+    def cut(tensors: GptqTensors, spec: QuantSpec) -> list[Shard]:
         if merged == [(0, spec.padded_out)]:
             return [(tensors, spec)]
         return [shard_outputs(tensors, spec, start, stop) for start, stop in merged]
@@ -135,7 +134,7 @@ def outputs(*ranges: tuple[int, int]) -> Cut:
 def inputs(start: int, stop: int, keep_bias: bool = False) -> Cut:
     """Keep this range of input rows; the whole range keeps all."""
 
-    def cut(tensors: GptqTensors, spec: QuantSpec) -> list[Part]:
+    def cut(tensors: GptqTensors, spec: QuantSpec) -> list[Shard]:
         if (start, stop) == (0, spec.in_features):
             return [(tensors, spec)]
         return [shard_inputs(tensors, spec, start, stop, keep_bias)]

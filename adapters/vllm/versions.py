@@ -1,4 +1,4 @@
-"""Which versions of vLLM are known, and everything that is not the same in all of them."""
+"""Which versions of vLLM are supported, and everything that differs between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def installed() -> str:
 
 
 def known(version: str) -> bool:
-    """Whether graftq knows this version; an unreadable one ("dev") is not known."""
+    """Whether graftq supports this version; a version without numbers ("dev") is not."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
 
@@ -44,7 +44,7 @@ def stock_config() -> Any:
 
 
 def stock_linear_method() -> Any:
-    """vLLM's own method for GPTQ's linear layers; making one raises what its kernels do not take."""
+    """vLLM's own method for GPTQ's linear layers; its constructor raises for unsupported parameters."""
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQLinearMethod
 
     return AutoGPTQLinearMethod

@@ -1,4 +1,4 @@
-"""Mixtral's sparse block of transformers 4, with its experts run all at once."""
+"""Mixtral's sparse block of transformers 4, with all experts run at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Give every Mixtral block whose experts are packed one :class:`QuantExperts` in their place.
+    """Replace the experts of every Mixtral block, where all are packed, by one :class:`QuantExperts`.
 
     Blocks of other models keep their loop over experts, each a module of packed layers.
     """
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    # A subclass, so that what recognizes the block by its class still does.
+    # A subclass, so that code that tests for the block's class still recognizes it.
     fused = type(MixtralSparseMoeBlock.__name__, (MixtralSparseMoeBlock,), {"forward": _forward})
     for block in model.modules():
         if type(block) is MixtralSparseMoeBlock and _all_packed(block.experts):
@@ -31,7 +31,7 @@ def fuse_experts(model: nn.Module) -> None:
 
 
 def _all_packed(experts: Any) -> bool:
-    """Whether every projection is packed, and here: what is offloaded is brought in layer by layer."""
+    """Whether every projection is packed and in memory; offloaded ones are loaded layer by layer."""
     layers = [getattr(expert, name) for expert in experts for name in PROJECTIONS.values()]
     return all(isinstance(layer, QuantLinear) and not layer.qweight.is_meta for layer in layers)
 

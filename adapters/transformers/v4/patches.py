@@ -20,12 +20,12 @@ FOUND_BY_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def patch_quantizers(module: ModuleType) -> None:
-    """Put graftq's quantizer and configuration class in the place of the stock ones for "gptq"."""
+    """Replace the stock quantizer and configuration class for "gptq" by graftq's."""
     register(module, GptqHfQuantizer)
 
 
 def patch_modeling(module: ModuleType) -> None:
-    """Let ``from_pretrained`` see ``quantize_config.json``, and weight files under AutoGPTQ's names."""
+    """Let ``from_pretrained`` find ``quantize_config.json`` and weight files under AutoGPTQ's names."""
     replace_attribute(module.PreTrainedModel, "from_pretrained", _read_configuration)
     replace_attribute(module, "_get_resolved_checkpoint_files", resolve_by(_find_files))
 
@@ -36,7 +36,7 @@ def _read_configuration(original: Any) -> Any:
     @functools.wraps(function)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config")
-        # The auto classes hand one in; a model class called directly reads config.json alone.
+        # The auto classes pass one; a model class called directly reads config.json only.
         if isinstance(config, PretrainedConfig) and kwargs.get("gguf_file") is None:
             kwargs["config"] = config = copy.deepcopy(config)
             loading = current()
@@ -62,7 +62,7 @@ def _find_files(
 
 
 def _fetch(source: Source, name: str) -> Files:
-    """For names that no parameter of transformers 4.51 could tell it."""
+    """The files of a name that transformers 4.51 has no parameter for."""
     path = source.fetch(name)
     assert path is not None  # it has just been found
     if not name.endswith(".index.json"):
