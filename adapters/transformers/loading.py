@@ -89,7 +89,7 @@ class Loading:
         """Whether what is going to read the files, if anything is, takes GPTQ's tensors for something else."""
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-        reader = AUTO_QUANTIZER_MAPPING.get(self.method)
+        reader = AUTO_QUANTIZER_MAPPING.get(self.method or "")
         is_stock = reader is not None and reader.__module__.startswith("transformers.")
         return reader is None or (is_stock and self.method not in OTHER_READERS)
 
@@ -113,7 +113,7 @@ class Loading:
         assert self.config is not None
         explicit = arguments.get("transformers_explicit_filename")
         for part in explicit.split("/") if explicit else ():  # `transformers_weights` in config.json
-            check_file_name(part, self.source.describe(CONFIG))
+            check_file_name(part, "transformers_weights", self.source.describe(CONFIG))
         if explicit and explicit.endswith(PICKLE_ENDINGS):  # transformers itself wants a safetensors file there
             if self.arguments.get("use_safetensors") is not False:
                 raise weight_files.pickle_refused(self.source, explicit)

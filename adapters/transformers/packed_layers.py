@@ -22,7 +22,6 @@ from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.spec import QuantSpec
 
-
 FLOATS = ("F16", "BF16", "F32", "F64", "torch.float64")
 """Dtypes of plain weights, as :class:`TensorInfo` names them."""
 

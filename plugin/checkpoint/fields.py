@@ -91,17 +91,18 @@ class Fields:
             return None
         if not isinstance(value, str):
             raise self.fail(key, ", not a string")
-        check_file_name(value, self.file, LONGEST_NAME - LONGEST_ENDING)
+        check_file_name(value, self.within + key, self.file, LONGEST_NAME - LONGEST_ENDING)
         return value
 
 
-def check_file_name(name: str, file: str, longest: int = LONGEST_NAME) -> None:
+def check_file_name(name: str, what: str, file: str, longest: int = LONGEST_NAME) -> None:
     """Refuse a name found in a checkpoint that is more than the name of a file in the checkpoint's own folder.
 
     Anything else would reach other files of this machine and, with the user's token, other repositories of the Hub.
 
     Args:
         name: The name.
+        what: What names it, for messages.
         file: The file that states it.
         longest: Bytes it may have.
 
@@ -110,13 +111,13 @@ def check_file_name(name: str, file: str, longest: int = LONGEST_NAME) -> None:
     """
     is_component = PurePosixPath(name).parts == PureWindowsPath(name).parts == (name,) and name != ".."
     if not is_component or "\0" in name:
-        raise CheckpointError(f"names a file outside: {brief(name)}", file=file)
+        raise CheckpointError(f"{what} names a file outside: {brief(name)}", file=file)
     try:
         size = len(os.fsencode(name))
     except UnicodeEncodeError:
         size = LONGEST_NAME + 1
     if size > longest:
-        raise CheckpointError(f"names a file as no file can be called: {brief(name)}", file=file)
+        raise CheckpointError(f"{what} names a file as no file can be called: {brief(name)}", file=file)
 
 
 def brief(value: Any) -> str:

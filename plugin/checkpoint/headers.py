@@ -198,8 +198,10 @@ def parse_entry(name: str, file: str, entry: Any) -> TensorInfo:
     Raises:
         CheckpointError: if it is malformed.
     """
-    fields = entry if isinstance(entry, Mapping) else {}
-    span, shape, dtype = (fields.get(key) for key in ("data_offsets", "shape", "dtype"))
+    fields: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    span: Any = fields.get("data_offsets")
+    shape: Any = fields.get("shape")
+    dtype = fields.get("dtype")
     if not (_are_sizes(span) and len(span) == 2 and _are_sizes(shape) and isinstance(dtype, str)):
         reason = "no entry of a dtype, a shape and two offsets, all whole numbers"
         raise CheckpointError(f"{name} has {reason}", file=file)

@@ -1,4 +1,4 @@
-"""The one place where a checkpoint's JSON is parsed: configurations, indices of shards, headers of safetensors files."""
+"""The one place where a checkpoint's JSON is parsed: configurations, indices of shards, headers of weight files."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def parse_object(content: bytes, file: str, *, is_strict: bool = False) -> dict[
     for mark, name in _MARKS.items():
         if content.startswith(mark):
             raise CheckpointError(f"not valid JSON: encoded as {name}, not as plain UTF-8", file=file)
-    constant = {"parse_constant": _refuse_constant} if is_strict else {}
+    refuse = _refuse_constant if is_strict else None
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, **constant)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"not valid JSON: byte {error.start} is not UTF-8", file=file) from error
     except RecursionError as error:

@@ -1,7 +1,7 @@
 """Matching module names against the patterns of ``dynamic`` in bounded time.
 
-Patterns come from a checkpoint, and Python's ``re`` tries every way to match one: ``^((a+)+)+!$`` takes hours for a name
-of forty letters, during which nothing can interrupt it, as it neither returns to the interpreter nor ends with its
+Patterns come from a checkpoint, and Python's ``re`` tries every way to match one: ``^((a+)+)+!$`` takes hours for a
+name of forty letters, during which nothing can interrupt it, as it neither returns to the interpreter nor ends with its
 thread. To forbid patterns by their looks is not enough (``.*.*.*.*.*!`` is slow, too), and a process to be killed is
 much to start in somebody else's program. So patterns are parsed by ``re``, but matched here by following all ways at
 once (Thompson, 1968): the time for a name is at most its length times the size of the pattern. Sets of states that were
@@ -22,8 +22,8 @@ from graftq.plugin.checkpoint.fields import brief
 from graftq.quant_linear.errors import CheckpointError
 
 try:
-    from re import _compiler as sre_compile  # type: ignore[attr-defined]
-    from re import _parser as sre_parse  # type: ignore[attr-defined]
+    from re import _compiler as sre_compile
+    from re import _parser as sre_parse
 except ImportError:  # Python 3.10
     import sre_compile  # type: ignore[no-redef]
     import sre_parse  # type: ignore[no-redef]
@@ -204,12 +204,15 @@ class _Program:
             _, added, removed, inner = argument
             return self._sequence(inner, then, (flags | added) & ~removed)
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeat(*argument, then, flags)
+            least, most, inner = argument
+            return self._repeat(least, most, inner, then, flags)
         if kind in ("AT", "ASSERT", "ASSERT_NOT"):
             state = self._new()
-            condition = _position(str(argument), flags) if kind == "AT" else self._look(kind, *argument, flags)
-            self.conditions[state] = condition, then
-            if kind != "AT":
+            if kind == "AT":
+                self.conditions[state] = _position(str(argument), flags), then
+            else:
+                direction, inner = argument
+                self.conditions[state] = self._look(kind, direction, inner, flags), then
                 self.looking.add(state)
             return state
         if kind == "FAILURE":
@@ -264,9 +267,8 @@ def _varies(items: Iterable[Any]) -> bool:
             least, most, inner = argument
             if (most > 1 and most > least) or _varies(inner):
                 return True
-        elif kind == "SUBPATTERN" and _varies(argument[3]):
-            return True
-        elif kind == "BRANCH" and any(_varies(branch) and not _has_literal(branch) for branch in argument[1]):
+        groups = [argument[3]] if kind == "SUBPATTERN" else argument[1] if kind == "BRANCH" else []
+        if any(_varies(group) and not _has_literal(group) for group in groups):
             return True
     return False
 

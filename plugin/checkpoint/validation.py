@@ -265,8 +265,9 @@ def _check_g_idx(info: TensorInfo, spec: QuantSpec, declared: Declared, g_idx: t
         return replace(spec, desc_act=False)
     if high == 0:
         if declared.desc_act or declared.disputed_order:
+            why = declared.disputed_order or "desc_act is true"
             raise CheckpointError(
-                f"all zeros, but there are {spec.num_groups} groups and {declared.disputed_order or 'desc_act is true'}",
+                f"all zeros, but there are {spec.num_groups} groups and {why}",
                 file=info.file,
                 module=info.name,
             )

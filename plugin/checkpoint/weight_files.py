@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig
-from graftq.plugin.checkpoint.fields import check_file_name
+from graftq.plugin.checkpoint.fields import brief, check_file_name
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
 from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
@@ -57,12 +57,19 @@ def read_weight_map(source: Source, index: str, needs_metadata: bool = False) ->
     path = source.fetch(index)
     content = read_object(path, source.describe(index)) if path else {}
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
         raise CheckpointError("no weight_map in the index", file=source.describe(index))
     if needs_metadata and not isinstance(content.get("metadata"), dict):
         raise CheckpointError("no metadata in the index", file=source.describe(index))
     for shard in sorted(set(weight_map.values())):
-        check_file_name(shard, source.describe(index))
+        check_file_name(shard, "the index", source.describe(index))
+        if not shard.endswith(".safetensors"):  # a pickle, say, that the user has not allowed
+            reason = f"the index names a file that is not safetensors: {brief(shard)}"
+            raise CheckpointError(reason, file=source.describe(index))
         if source.is_local and source.fetch(shard) is None:
             raise CheckpointError("the index names this file, and it is absent", file=source.describe(shard))
     return weight_map
