@@ -63,8 +63,9 @@ class Loading:
             written = {} if given is None else {CONFIG: given}
         else:
             written = read_written(self.source, given)
-        if not written:
+        if not written and given is None:
             return
+        written = written or {CONFIG: {}}  # transformers takes an empty object for parameters, too
         self.config = QuantConfig.from_files(written, self.source or Source(""))
         self.method = "gptq"
         raw = {**next(iter(written.values())), "quant_method": "gptq", "bits": self.config.declared.bits}
@@ -94,7 +95,7 @@ class Loading:
         return reader is None or (is_stock and self.method not in OTHER_READERS)
 
     def _refuse_packed(self, index: CheckpointIndex) -> None:
-        packed = next((name for name, infos in index.projections().items() if is_gptq(infos)), None)
+        packed = next((name for name, infos in index.packed().items() if is_gptq(infos)), None)
         if packed is not None:
             assert self.source is not None
             reason = f"packed weights as GPTQ stores them, but quant_method is {brief(self.method)}"

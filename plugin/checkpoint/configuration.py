@@ -143,7 +143,7 @@ def read_method(raw: Mapping[str, Any], source: str) -> str:
 def read_written(
     source: Source, given: Mapping[str, Any] | None = None, name: str = QUANTIZE_CONFIG
 ) -> dict[str, Mapping[str, Any]]:
-    """What a checkpoint states of its quantization, by file, the one that counts first; empty if it states nothing.
+    """What a checkpoint states of its quantization, by file, the one that counts first; an empty object is nothing.
 
     Args:
         source: The checkpoint.
@@ -161,10 +161,7 @@ def read_written(
     if parameters is not None and not isinstance(parameters, Mapping):
         kind = type(parameters).__name__
         raise CheckpointError(f"quantization_config is a {kind}, not an object", file=source.describe(CONFIG))
-    found = {CONFIG: parameters, name: beside}
-    if not parameters and beside is not None:
-        del found[CONFIG]
-    return {file: raw for file, raw in found.items() if raw is not None}
+    return {file: raw for file, raw in ((CONFIG, parameters), (name, beside)) if raw}
 
 
 def stated_in(config: Mapping[str, Any]) -> Any:

@@ -89,21 +89,25 @@ class CheckpointIndex:
         Raises:
             CheckpointError: if a projection is there twice, packed and as a plain weight.
         """
-        found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-        for name, info in self.tensors.items():
-            module, _, suffix = name.rpartition(".")
-            if suffix in SUFFIXES:
-                found[module][suffix] = info
-        packed = {
-            module: {suffix: parts[suffix] for suffix in SUFFIXES if suffix in parts}
-            for module, parts in found.items()
-            if parts.keys() & {"qweight", "qzeros"}
-        }
+        packed = self.packed()
         for module, parts in packed.items():
             if f"{module}.weight" in self.tensors:
                 reason = "both packed and as a plain weight, and nothing says which one counts"
                 raise CheckpointError(reason, file=next(iter(parts.values())).file, module=module)
         return packed
+
+    def packed(self) -> dict[str, dict[str, TensorInfo]]:
+        """As :meth:`projections`, of files that may be of another format."""
+        found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        for name, info in self.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            if suffix in SUFFIXES:
+                found[module][suffix] = info
+        return {
+            module: {suffix: parts[suffix] for suffix in SUFFIXES if suffix in parts}
+            for module, parts in found.items()
+            if parts.keys() & {"qweight", "qzeros"}
+        }
 
     def read_small(
         self, projections: Mapping[str, Mapping[str, TensorInfo]], whole: Collection[str] = ()

@@ -227,3 +227,12 @@ def test_names_are_escaped(copy: Copy) -> None:
     with pytest.raises(CheckpointError, match=r"x\\x1b\[2J\\n") as caught:
         load(checkpoint)
     assert str(caught.value).isprintable()
+
+
+def test_an_empty_object_states_nothing(copy: Copy) -> None:
+    checkpoint = copy("llama")
+    edit_json(checkpoint / "config.json", quantization_config={})
+    assert_right(checkpoint)
+    (checkpoint / "quantize_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: bits missing"):
+        load(checkpoint)
