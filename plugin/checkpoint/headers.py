@@ -1,6 +1,6 @@
 """What a checkpoint's files hold, read from their headers alone.
 
-Standard library only, so that ``graftq inspect`` starts without torch; values are read on demand.
+The headers are parsed here, strictly, so that a refusal can name the tensor; values are read on demand.
 Source of the header format: https://github.com/huggingface/safetensors#format
 """
 
@@ -149,7 +149,7 @@ class CheckpointIndex:
                     state = _load_pickle(file)
                     yield from ((name, state[name]) for name in wanted)
                 else:
-                    handle = stack.enter_context(_open_safely(file, "pt"))
+                    handle = stack.enter_context(_open_safely(file))
                     for name in wanted:
                         yield name, _get_tensor(handle, file, name)
 
@@ -177,7 +177,7 @@ def _read_header(file: str) -> Iterator[TensorInfo]:
     end = sum(info.nbytes for info in infos)
     if size != 8 + length + end:
         raise CheckpointError(f"truncated: the header promises {8 + length + end} bytes, there are {size}", file=file)
-    with _open_safely(file, "np"):  # the library that will read the tensors must accept the file, too
+    with _open_safely(file):  # the library that will read the tensors must accept the file, too
         yield from (replace(info, offset=8 + length + info.offset) for info in infos)
 
 
@@ -220,12 +220,12 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
-def _open_safely(file: str, framework: str) -> Any:
+def _open_safely(file: str) -> Any:
     """``safetensors.safe_open``, with errors that name the file."""
     from safetensors import safe_open
 
     try:
-        return safe_open(file, framework=framework)
+        return safe_open(file, framework="pt")
     except Exception as error:  # the library's own, or the system's
         raise CheckpointError(f"cannot be read by safetensors: {error}", file=file) from error
 

@@ -22,11 +22,11 @@ from graftq.plugin.checkpoint.fields import brief
 from graftq.quant_linear.errors import CheckpointError
 
 try:
-    from re import _compiler as sre_compile
-    from re import _parser as sre_parse
+    from re import _compiler as sre_compile  # type: ignore[attr-defined]
+    from re import _parser as sre_parse  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
-    import sre_compile  # type: ignore[no-redef]
-    import sre_parse  # type: ignore[no-redef]
+    import sre_compile
+    import sre_parse
 
 SIZE_LIMIT = 10_000
 """Characters of a pattern, and states that it is made of once its repetitions are written out."""
