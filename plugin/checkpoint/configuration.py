@@ -128,14 +128,14 @@ class QuantConfig:
 def read_method(raw: Mapping[str, Any], source: str) -> str:
     """The quantization method that parameters name, in lower case; "gptq" if they name none.
 
-    bitsandbytes' first releases named none either, and are told by their switches.
+    bitsandbytes' switches come before any name, as they do in transformers.
 
     Raises:
         CheckpointError: if it is no string.
     """
     fields = Fields(raw, source)
     named = [method for key in ("quant_method", "method") if (method := fields.word(key))]
-    if not named and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
+    if raw.get("load_in_4bit") or raw.get("load_in_8bit"):
         return "bitsandbytes"
     return named[0] if named else "gptq"
 

@@ -52,6 +52,13 @@ def test_a_method_that_is_not(method: Any, beside: bool, copy: Copy) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_switches_of_another_method(copy: Copy) -> None:
+    checkpoint = copy("llama")
+    in_config(checkpoint, load_in_4bit=True)
+    with pytest.raises(CheckpointError, match=r"quant_method is 'bitsandbytes'"):
+        load(checkpoint)
+
+
 def test_bits_as_a_string_and_the_dataset_of_the_quantizer(copy: Copy, tmp_path: Path) -> None:
     checkpoint = copy("llama")
     edit_config(checkpoint, bits="4", group_size="32", dataset="ptb", self=1)
