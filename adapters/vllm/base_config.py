@@ -9,7 +9,8 @@ from typing import Any
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from graftq.adapters.vllm.stored_modules import StoredModules
-from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
 
 METHOD = "graftq"
@@ -34,8 +35,16 @@ class BaseConfig(QuantizationConfig):
         self.stored.rename(hf_to_vllm_mapper.apply_list)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Learn where the checkpoint is."""
+        """Learn where the checkpoint is, and hold its other file of parameters against those that vLLM has read.
+
+        Raises:
+            CheckpointError: if that is damaged, or contradicts them.
+        """
         self._where = (model_name, {} if revision is None else {"revision": revision})
+        source = Source(*self._where)
+        if path := source.cached(QUANTIZE_CONFIG):
+            where = source.describe(QUANTIZE_CONFIG)
+            self.gptq = self.gptq.with_beside(QuantConfig.from_dict(read_object(path, where), where))
 
     @cached_property
     def stored(self) -> StoredModules:

@@ -4,10 +4,14 @@
 module             what it answers
 =================  ============================================================================
 source             where the checkpoint is: a folder or a repository, asked for files by name
-configuration      the GPTQ parameters, from ``config.json`` or ``quantize_config.json``
+configuration      the GPTQ parameters, from ``config.json`` and ``quantize_config.json``
+json_files         what a JSON file says, or a named refusal
+fields             what one parameter or file name says, or a named refusal
+rules              which module the patterns of ``dynamic`` match, in bounded time
 weight_files       which files hold the weights
 headers            which tensors these hold, of which shape and dtype
 validation         from the tensors of one projection to its ``QuantSpec``, or a named refusal
+padding            whether what the model has no place for is zero
 projections        the same for every projection of a checkpoint, without a model
 inspection         all of the above for ``graftq inspect``
 oddities           what is unusual, and has made other loaders fail

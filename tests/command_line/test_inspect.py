@@ -177,6 +177,12 @@ def only_pickles(checkpoint: Path) -> None:
         torch.save({"x": torch.zeros(1)}, checkpoint / name)
 
 
+def misnamed(checkpoint: Path) -> None:
+    """A header of the right length whose first tensor has a name for the terminal to obey, and a wrong shape."""
+    header = json.dumps({"x\x1b[2J\n.weight": {"dtype": "F16", "shape": [9], "data_offsets": [0, 2]}}).encode()
+    (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -186,8 +192,27 @@ def only_pickles(checkpoint: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda folder: edit_config(folder, bits=5), "bits is 5"),
         (lambda folder: edit_config(folder, quant_method="awq"), "quant_method is 'awq'"),
+        (lambda folder: edit_config(folder, bits="\N{SUPERSCRIPT TWO}"), "not an integer"),
+        (lambda folder: edit_config(folder, dynamic={"^((a+)+)+$": {}}), "dynamic rule '^((a+)+)+$' repeats"),
+        (lambda folder: edit_config(folder, model_file_base_name="../x"), "model_file_base_name names a file outside"),
+        (lambda folder: (folder / "quantize_config.json").write_bytes(b"[" * 99_999), "nested too deeply"),
+        (lambda folder: (folder / "config.json").write_text("{}", encoding="utf-16"), "encoded as UTF-16"),
+        (misnamed, r"x\x1b[2J\n.weight has shape"),
     ],
-    ids=["truncated", "pickle", "no weights", "bad JSON", "5 bits", "awq"],
+    ids=[
+        "truncated",
+        "pickle",
+        "no weights",
+        "bad JSON",
+        "5 bits",
+        "awq",
+        "strange number",
+        "slow pattern",
+        "a path",
+        "nesting",
+        "UTF-16",
+        "escape sequence",
+    ],
 )
 def test_error(damage: Callable[[Path], None], said: str, inspect: Inspect, checkpoint: Path) -> None:
     damage(checkpoint)
@@ -195,6 +220,12 @@ def test_error(damage: Callable[[Path], None], said: str, inspect: Inspect, chec
     assert (status, out) == (1, "")
     assert err.startswith("graftq: ")
     assert said in err
+
+
+def test_what_lists_of_modules_hold_is_not_needed(inspect: Inspect, checkpoint: Path) -> None:
+    for listed in (5, {"a": 1}, [5], "x"):
+        edit_config(checkpoint, modules_in_block_to_quantize=listed)
+        assert inspect(checkpoint)[0] == 0
 
 
 def test_needs_no_transformers(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.weight_files import read_weight_map
 from graftq.quant_linear.errors import CheckpointError
 
 PLAIN: dict[str, Any] = {"bits": 4, "group_size": 128, "desc_act": True, "sym": True}
@@ -63,3 +67,46 @@ DYNAMIC = {
 def test_the_first_dynamic_rule_that_matches_from_the_start(module: str, bits: int, group_size: int) -> None:
     declared = read(dynamic=DYNAMIC).for_module(module)
     assert (declared.bits, declared.group_size) == (bits, group_size)
+
+
+STRANGE: dict[str, Any] = {
+    "bits": ["²", "--4", "", " 4", True, 4.0, [4], {}, 10**30, float("inf")],
+    "group_size": ["²", "128g", 0, -2, False, 10**12, [128]],
+    "desc_act": ["false", 2, [], 1.0, {}],
+    "sym": ["true", -1],
+    "quant_method": [0, False, ["gptq"], {}, "gtpq", "mxfp4", "gptq\x1b[2J"],
+    "checkpoint_format": [5, ["gptq"], "marlin"],
+    "model_file_base_name": ["../x", "/x", "a/b", "..", ".", "a\\b", "C:x", "a\0", "a" * 250, "\ud800", 5, ["a"]],
+    "dynamic": [5, "x", ["x"], {".*": None}, {".*": {"bits": "x"}}, {".*": {"desc_act": "no"}}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in STRANGE.items() for value in values])
+def test_strange_values_are_named(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"quantize_config\.json: .*{key}") as caught:
+        read(**{key: value})
+    assert str(caught.value).isprintable()
+
+
+HARMLESS: dict[str, Any] = {
+    "quant_method": ["GPTQ", "Gptq", " gptq ", "", " ", None],
+    "bits": ["4"],
+    "group_size": ["128"],
+    "desc_act": [1],
+    "checkpoint_format": ["GPTQ", "", None],
+    "dynamic": [None, {}, {".*": {"bits": "4", "group_size": "128", "desc_act": None}}],
+    "dataset": ["ptb"],
+    "self": [1],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in HARMLESS.items() for value in values])
+def test_harmless_spellings(key: str, value: Any) -> None:
+    assert read(**{key: value}).for_module("a") == read().declared
+
+
+def test_an_index_names_files_of_its_own_folder(tmp_path: Path) -> None:
+    for name in ("../a.safetensors", "/a.safetensors", "b\\a.safetensors", "a" * 260, "", "a.bin"):
+        (tmp_path / "i").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(CheckpointError, match="i: the index names a file"):
+            read_weight_map(Source(str(tmp_path)), "i")
