@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from fuzz.checkpoint import BESIDE, INDEX, INSIDE, Checkpoint
-from fuzz.truth import read_tensors
 from support.checkpoints import write_pair
 from support.gptq import Recipe
 from support.models import tiny
+
+from fuzz.checkpoint import BESIDE, INDEX, INSIDE, Checkpoint, Stored
+from fuzz.truth import read_tensors
 
 RECIPES = (
     Recipe(4, 32, True, True),
@@ -53,7 +53,11 @@ class Base:
 
     def checkpoint(self) -> Checkpoint:
         """A fresh copy."""
-        return copy.deepcopy(_read(self))
+        return copy.deepcopy(_make(self)[0])
+
+    def twin(self) -> dict[str, Stored]:
+        """The float weights that its packed ones were made to stand for."""
+        return _make(self)[1]
 
 
 BASES = tuple(
@@ -65,7 +69,7 @@ BASES = tuple(
 
 
 @functools.cache
-def _read(base: Base) -> Checkpoint:
+def _make(base: Base) -> tuple[Checkpoint, dict[str, Stored]]:
     with tempfile.TemporaryDirectory() as parent, contextlib.redirect_stderr(io.StringIO()):
         folder = write_pair(Path(parent), tiny(base.architecture), base.recipe, layout=base.layout)
         texts = {name: _json(folder / name) for name in (INSIDE, BESIDE, INDEX)}
@@ -73,7 +77,7 @@ def _read(base: Base) -> Checkpoint:
         twin = read_tensors((Path(parent) / "float/model.safetensors").read_bytes())
     tensors = {name: tensor for content in shards.values() for name, tensor in content.items()}
     modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    return Checkpoint(
+    checkpoint = Checkpoint(
         config={key: value for key, value in texts[INSIDE].items() if key != "quantization_config"},
         inside=texts[INSIDE].get("quantization_config"),
         beside=texts[BESIDE],
@@ -85,6 +89,7 @@ def _read(base: Base) -> Checkpoint:
         shapes={module: twin[f"{module}.weight"].shape for module in modules},
         plain=frozenset(name for name in tensors if name.rpartition(".")[0] not in modules),
     )
+    return checkpoint, twin
 
 
 def _json(file: Path):

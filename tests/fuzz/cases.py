@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fuzz import mutations
@@ -25,11 +24,6 @@ class Case:
     base: Base
     random: random.Random
 
-    @property
-    def name(self) -> str:
-        """The mutation's name."""
-        return self.mutation.name
-
     def build(self) -> Checkpoint:
         """The checkpoint."""
         checkpoint = self.base.checkpoint()
@@ -44,6 +38,3 @@ def case(seed: int, kind: str, number: int) -> Case:
     generator = random.Random(f"{seed}/{kind}/{number}")
     bases = [base for base in BASES if base.matches(**mutation.wanted)]
     return Case(mutation, generator.choice(bases), generator)
-
-
-__all__ = ["KINDS", "Callable", "Case", "case"]

@@ -27,7 +27,7 @@ class Worker:
     """A process that stays, and is started again when a case has ended it."""
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the worker
         self._process: subprocess.Popen[bytes] | None = None
 
     def judge(self, key: Key) -> dict[str, str]:

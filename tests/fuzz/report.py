@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.cases import case
 from fuzz.pool import Key
 
 GOOD = ("right", "clear", "transformers' own")
@@ -10,10 +11,11 @@ GOOD = ("right", "clear", "transformers' own")
 def problems(key: Key, said: dict[str, str]) -> list[str]:
     """One line for each thing that is wrong, with the command that shows the case again."""
     seed, kind, number = key
-    case = f"{kind}: {said.get('mutation', '?')} of {said.get('base', '?')}"
+    this = case(*key)
+    title = f"{kind}: {this.mutation.name} of {this.base}"
     again = f"python tests/fuzz/run.py --seed {seed} --kind {kind!r} --number {number}"
     return [
-        f"{case}: {what} {said[what]}: {said.get(f'{what}_detail', '')}\n    {again}"
+        f"{title}: {what} {said[what]}: {said.get(f'{what}_detail', '')}\n    {again}"
         for what in ("load", "inspect")
         if what in said and said[what] not in GOOD
     ]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.models import logits
 from transformers import AutoModelForCausalLM
 
 from fuzz.checkpoint import INSIDE, NUMPY_TYPES, Checkpoint, Stored, serialize
-from support.models import logits
 
 SCALES = ("F16", "BF16", "F32")
 
@@ -31,7 +31,7 @@ def read_tensors(content: bytes) -> dict[str, Stored]:
     if len(content) < 10:
         raise NoMeaning("no header")
     (length,) = struct.unpack("<Q", content[:8])
-    if not 2 <= length <= len(content) - 8 or length > 100_000_000 or content[8:9] != b"{":
+    if not 2 <= length <= len(content) - 8 or length > 100_000_000:
         raise NoMeaning("length of the header")
     header, data = content[8 : 8 + length], content[8 + length :]
     try:
@@ -43,7 +43,7 @@ def read_tensors(content: bytes) -> dict[str, Stored]:
         raise NoMeaning("metadata")
     tensors, spans = {}, []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
             raise NoMeaning("entry")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
@@ -67,9 +67,10 @@ def read_tensors(content: bytes) -> dict[str, Stored]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise NoMeaning("a key twice")
-    return dict(pairs)
+    whole = dict(pairs)
+    if any(whole[key] != value for key, value in pairs):
+        raise NoMeaning("a key twice, with two values")
+    return whole
 
 
 def _refuse(constant: str) -> None:
@@ -131,6 +132,7 @@ def plain_state(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> dict[str,
     """The tensors of the float twin."""
     state: dict[str, Stored] = {}
     modules: dict[str, dict[str, Stored]] = {}
+    has_biases = checkpoint.config.get("attention_bias") or checkpoint.config.get("mlp_bias")
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix in ("qweight", "qzeros", "scales", "g_idx"):
@@ -143,14 +145,16 @@ def plain_state(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> dict[str,
         state[f"{module}.weight"] = Stored.of(dequantize(checkpoint, module, parts))
         bias = state.get(f"{module}.bias")
         if bias is not None and bias.shape[0] > checkpoint.shapes[module][0]:
-            state[f"{module}.bias"] = Stored.of(bias.floats()[: checkpoint.shapes[module][0]])
+            state[f"{module}.bias"] = bias = Stored.of(bias.floats()[: checkpoint.shapes[module][0]])
+        if bias is not None and not has_biases and not bias.floats().any():
+            del state[f"{module}.bias"]  # AutoGPTQ writes one of zeros for every layer
     return state
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder's safetensors files."""
     tensors: dict[str, Stored] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         for name, tensor in read_tensors(file.read_bytes()).items():
             if tensors.setdefault(name, tensor) != tensor:
                 raise NoMeaning(f"{name}: two files, two contents")
@@ -173,8 +177,7 @@ def twin_logits(checkpoint: Checkpoint, state: dict[str, Stored], dtype: torch.d
     if info["missing_keys"] or info["mismatched_keys"]:
         raise NoMeaning("the model has other weights")
     for name in info["unexpected_keys"]:
-        is_idle_bias = name.endswith(".bias") and not state[name].floats().any()
-        if name not in state or name in checkpoint.plain or (_is_of_packed(checkpoint, name) and not is_idle_bias):
+        if name not in state or name in checkpoint.plain or _is_of_packed(checkpoint, name):
             raise NoMeaning(f"{name} has no place")
     found = logits(model)
     if not found.isfinite().all():
@@ -183,4 +186,5 @@ def twin_logits(checkpoint: Checkpoint, state: dict[str, Stored], dtype: torch.d
 
 
 def _is_of_packed(checkpoint: Checkpoint, name: str) -> bool:
-    return name.rpartition(".")[0] in checkpoint.shapes
+    module, _, own = name.rpartition(".")
+    return module in checkpoint.shapes and own in ("weight", "bias")

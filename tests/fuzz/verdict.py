@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from support.models import logits, relative_error
 from transformers import AutoModelForCausalLM
 
 from fuzz.bases import Base
@@ -22,11 +23,10 @@ from fuzz.checkpoint import Checkpoint
 from fuzz.truth import NoMeaning, plain_state, tensors_of, twin_logits
 from graftq.plugin.cli.main import main
 from graftq.quant_linear.errors import CheckpointError
-from support.models import logits, relative_error
 
 INTERNAL = re.compile(
     r"NoneType|unhashable|subscriptable|not iterable|has no attribute|indices must be|unsupported operand|"
-    r"invalid literal|not supported between|positional argument|unpack|must be str|(^|: )'\w+'$"
+    r"invalid literal|not supported between|positional argument|values to unpack|must be str|(^|: )'\w+'$"
 )
 """Reasons that are Python's and say nothing to a user."""
 
@@ -39,7 +39,7 @@ def judge(case: Case) -> dict[str, str]:
     checkpoint = case.build()
     with tempfile.TemporaryDirectory(prefix="case-") as folder:
         checkpoint.write(Path(folder))
-        said = {"mutation": case.name, "base": str(case.base)}
+        said: dict[str, str] = {}
         said["inspect"], said["inspect_detail"] = _inspect(folder, checkpoint)
         said["load"], said["load_detail"] = _load(Path(folder), checkpoint, case.base)
     return {key: value.replace(folder, "<folder>") for key, value in said.items()}
@@ -99,7 +99,7 @@ def _clear(error: CheckpointError, checkpoint: Checkpoint) -> tuple[str, str]:
 def _raised(error: Exception, tail: str, folder: Path, checkpoint: Checkpoint, what: str) -> tuple[str, str]:
     """transformers' own exception is the one that the float twin meets in the same place, or that no file is found."""
     is_its = _place(error)[0].startswith(str(Path(transformers.__file__).parent))
-    if is_its and isinstance(error, OSError) and str(folder) in str(error):
+    if is_its and isinstance(error, OSError | ValueError) and str(folder) in str(error):
         return "transformers' own", str(error)
     try:
         _twin_of_fields(checkpoint)

@@ -19,8 +19,32 @@ BACKTRACKING = (
     ".*.*.*.*.*.*.*.*.*.*.*.*.*!",
 )
 BROKEN = ("(", "[", "*", "(?P<x", "(?<=a*)b", "a{2,1}", "\\", "(?z)", "+:(", "-:[", "(?P=x)", "a**", "\x1b[", "[\n")
-HUGE = ("a{99999999999}", "a{4294967295}", "(" * 2000 + ")" * 2000, "(" * 100_000, "a" * 1_000_000, "(?:" * 500 + "x" + ")" * 500)
-ODD = ("", "-:", "+:", "-", ".", "-:.*", "+:.*", "-:.*norm.*", "(?i)MODEL", "\0", "\x1b[31m", "\ud800", "^$", "$", "\n", "-:+:x")
+HUGE = (
+    "a{99999999999}",
+    "a{4294967295}",
+    "(" * 2000 + ")" * 2000,
+    "(" * 100_000,
+    "a" * 1_000_000,
+    "(?:" * 500 + "x" + ")" * 500,
+)
+ODD = (
+    "",
+    "-:",
+    "+:",
+    "-",
+    ".",
+    "-:.*",
+    "+:.*",
+    "-:.*norm.*",
+    "(?i)MODEL",
+    "\0",
+    "\x1b[31m",
+    "\ud800",
+    "^$",
+    "$",
+    "\n",
+    "-:+:x",
+)
 
 
 def _rules(checkpoint: Checkpoint, rules: Any) -> None:
@@ -75,7 +99,9 @@ def null_overrides(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("dynamic")
 def wrong_override(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
-    override = generator.choice([{"bits": 2}, {"bits": 8}, {"group_size": 64}, {"group_size": -1}, {"bits": 5}, {"sym": False}])
+    override = generator.choice(
+        [{"bits": 2}, {"bits": 8}, {"group_size": 64}, {"group_size": -1}, {"bits": 5}, {"sym": False}]
+    )
     _rules(checkpoint, {".*": override})
 
 

@@ -68,12 +68,16 @@ def tied_head(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 @mutation("fields")
 def other_dtype(checkpoint: Checkpoint, generator: random.Random) -> None:
-    checkpoint.config["dtype"] = generator.choice(["float16", "bfloat16", "float64", "auto", "int32", "float8_e4m3fn", "x", 4])
+    checkpoint.config["dtype"] = generator.choice(
+        ["float16", "bfloat16", "float64", "auto", "int32", "float8_e4m3fn", "x", 4]
+    )
 
 
 @mutation("fields")
 def other_architecture(checkpoint: Checkpoint, generator: random.Random) -> None:
-    checkpoint.config["model_type"] = generator.choice(["llama", "mistral", "qwen2", "mixtral", "gpt2", "bert", "x", None, 4])
+    checkpoint.config["model_type"] = generator.choice(
+        ["llama", "mistral", "qwen2", "mixtral", "gpt2", "bert", "x", None, 4]
+    )
 
 
 @mutation("fields")
@@ -105,4 +109,6 @@ def field_missing(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 @mutation("fields")
 def own_code(checkpoint: Checkpoint, generator: random.Random) -> None:
-    checkpoint.config["auto_map"] = generator.choice([{"AutoModelForCausalLM": "modeling.X"}, {}, "x", {"AutoConfig": "x"}])
+    checkpoint.config["auto_map"] = generator.choice(
+        [{"AutoModelForCausalLM": "modeling.X"}, {}, "x", {"AutoConfig": "x"}]
+    )

@@ -240,5 +240,10 @@ def invalid_text(text: bytes, data: bytes, generator: random.Random) -> bytes:
 
 @content
 def other_file(text: bytes, data: bytes, generator: random.Random) -> bytes:
-    contents = [b"", b"\0" * 64, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"PK\3\4" + data]
+    contents = [
+        b"",
+        b"\0" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        b"PK\3\4" + data,
+    ]
     return generator.choice([*contents, b"GGUF" + data, b"<!DOCTYPE html>" * 20, data])

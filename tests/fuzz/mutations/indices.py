@@ -8,7 +8,18 @@ from fuzz.checkpoint import BESIDE, Checkpoint, Stored
 from fuzz.registry import Function, mutation
 from fuzz.values import HOSTILE, hostile
 
-NAMES = ["", ".", "..", "../x.safetensors", "/etc/passwd", "a/b.safetensors", "x" * 300, "absent.safetensors", "\0", "\x1b[31m.safetensors"]
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../x.safetensors",
+    "/etc/passwd",
+    "a/b.safetensors",
+    "x" * 300,
+    "absent.safetensors",
+    "\0",
+    "\x1b[31m.safetensors",
+]
 
 
 def index(function: Function) -> Function:

@@ -153,7 +153,9 @@ def other_packing(checkpoint: Checkpoint, generator: random.Random) -> None:
     for module in checkpoint.packed():
         n, k = checkpoint.shapes[module]
         shape = generator.choice([(k, n * checkpoint.bits // 32), (k // 16, n * 16 * checkpoint.bits // 32)])
-        checkpoint.change(f"{module}.qweight", lambda array, shape=shape: array.reshape(-1)[: shape[0] * shape[1]].reshape(shape))
+        checkpoint.change(
+            f"{module}.qweight", lambda array, shape=shape: array.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+        )
 
 
 @mutation("shapes")

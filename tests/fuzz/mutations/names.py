@@ -71,7 +71,9 @@ def tensor_renamed(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "nothing"
     module = generator.choice(checkpoint.packed())
     suffix = generator.choice(["qweight", "qzeros", "scales"])
-    new = generator.choice([suffix.upper(), f" {suffix}", f"{suffix}\n", f"{suffix}s", suffix[:-1], generator.choice(PARTS)])
+    new = generator.choice(
+        [suffix.upper(), f" {suffix}", f"{suffix}\n", f"{suffix}s", suffix[:-1], generator.choice(PARTS)]
+    )
     _rename(checkpoint, f"{module}.{suffix}", f"{module}.{new}")
 
 
@@ -106,7 +108,18 @@ def file_renamed(checkpoint: Checkpoint, generator: random.Random) -> None:
     """The only file there is, whatever its name."""
     checkpoint.accept = "base"
     (content,) = checkpoint.shards.values()
-    names = ["\x1b[31m", "a b", "é", "weights(.*", "x" * 200, "-rf", "model.layers", "adapter_model", "consolidated", "%s"]
+    names = [
+        "\x1b[31m",
+        "a b",
+        "é",
+        "weights(.*",
+        "x" * 200,
+        "-rf",
+        "model.layers",
+        "adapter_model",
+        "consolidated",
+        "%s",
+    ]
     checkpoint.shards = {f"{generator.choice(names)}.safetensors": content}
 
 
@@ -114,7 +127,9 @@ def file_renamed(checkpoint: Checkpoint, generator: random.Random) -> None:
 def two_files_and_nothing_says_which(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "nothing"
     (content,) = checkpoint.shards.values()
-    checkpoint.shards = {f"{name}.safetensors": content for name in ("one", generator.choice(["two", "\x1b[31m", "a b"]))}
+    checkpoint.shards = {
+        f"{name}.safetensors": content for name in ("one", generator.choice(["two", "\x1b[31m", "a b"]))
+    }
 
 
 @mutation("names", layout="AutoGPTQ's")

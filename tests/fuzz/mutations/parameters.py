@@ -113,13 +113,25 @@ def hostile_method(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("parameters")
 def unknown_field(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.must_load = True
-    _state(checkpoint, generator, **{generator.choice(["x_unknown", "quantizer", "vendor", "note"]): hostile(generator)})
+    _state(
+        checkpoint, generator, **{generator.choice(["x_unknown", "quantizer", "vendor", "note"]): hostile(generator)}
+    )
 
 
 @mutation("parameters")
 def field_named_like_an_argument(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
-    names = ["self", "cls", "kwargs", "config", "__class__", "", "return_unused_kwargs", "config_dict", "quantization_config"]
+    names = [
+        "self",
+        "cls",
+        "kwargs",
+        "config",
+        "__class__",
+        "",
+        "return_unused_kwargs",
+        "config_dict",
+        "quantization_config",
+    ]
     for parameters in checkpoint.parameters():
         parameters[generator.choice(names)] = hostile(generator)
 
@@ -151,7 +163,20 @@ def no_parameters(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("parameters")
 def hostile_name_of_the_file(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
-    names = ["../model", "..", ".", "/etc/passwd", "a/b", "a\\b", "x" * 300, "\0", "model\n", "\x1b[31m", "C:model", "~"]
+    names = [
+        "../model",
+        "..",
+        ".",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "x" * 300,
+        "\0",
+        "model\n",
+        "\x1b[31m",
+        "C:model",
+        "~",
+    ]
     key = generator.choice(["model_file_base_name", "model_basename"])
     _state(checkpoint, generator, **{key: generator.choice([*names, *HOSTILE])})
 
@@ -200,7 +225,12 @@ def order_without_g_idx(checkpoint: Checkpoint, generator: random.Random) -> Non
 def one_file_wrong(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
     field, values = generator.choice(
-        [("bits", [2, 3, 4, 8]), ("group_size", [16, 32, 64, 128, -1]), ("desc_act", [True, False]), ("sym", [True, False])]
+        [
+            ("bits", [2, 3, 4, 8]),
+            ("group_size", [16, 32, 64, 128, -1]),
+            ("desc_act", [True, False]),
+            ("sym", [True, False]),
+        ]
     )
     generator.choice(checkpoint.parameters())[field] = generator.choice(values)
 

@@ -62,7 +62,11 @@ def parameters(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("pickles")
 def nested(checkpoint: Checkpoint, generator: random.Random) -> None:
     state = _state(checkpoint)
-    _write(checkpoint, generator, generator.choice([{"model": state}, {"state_dict": state, "epoch": 3}, [state], (state,)]))
+    _write(
+        checkpoint,
+        generator,
+        generator.choice([{"model": state}, {"state_dict": state, "epoch": 3}, [state], (state,)]),
+    )
 
 
 @mutation("pickles")
@@ -114,4 +118,8 @@ def objects(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 @mutation("pickles")
 def no_pickle(checkpoint: Checkpoint, generator: random.Random) -> None:
-    _write(checkpoint, generator, generator.choice([b"", b"\x80", b"x", b"PK\3\4", b"\0" * 4096, b"\x80\x04N.", b"PK\5\6" + b"\0" * 18]))
+    _write(
+        checkpoint,
+        generator,
+        generator.choice([b"", b"\x80", b"x", b"PK\3\4", b"\0" * 4096, b"\x80\x04N.", b"PK\5\6" + b"\0" * 18]),
+    )

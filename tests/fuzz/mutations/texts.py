@@ -15,7 +15,9 @@ def _enter(name: str, change) -> Function:
 
     def function(checkpoint: Checkpoint, generator: random.Random) -> None:
         checkpoint.accept = "base"
-        there = [INSIDE] * 2 + [BESIDE] * 2 * (checkpoint.beside is not None) + [INDEX] * 3 * (checkpoint.index is not None)
+        there = (
+            [INSIDE] * 2 + [BESIDE] * 2 * (checkpoint.beside is not None) + [INDEX] * 3 * (checkpoint.index is not None)
+        )
         checkpoint.rewrite[generator.choice(there)] = lambda text: change(text, generator)
 
     function.__name__ = name
@@ -40,7 +42,20 @@ def _flip(text: bytes, generator: random.Random) -> bytes:
     return bytes(changed)
 
 
-CONTENTS = [b"", b" ", b"null", b"[]", b'"gptq"', b"42", b"{", b"{}", b"NaN", b"\0" * 100, b"{'bits': 4}", b"{\"a\": 1}{}"]
+CONTENTS = [
+    b"",
+    b" ",
+    b"null",
+    b"[]",
+    b'"gptq"',
+    b"42",
+    b"{",
+    b"{}",
+    b"NaN",
+    b"\0" * 100,
+    b"{'bits': 4}",
+    b'{"a": 1}{}',
+]
 
 _enter("utf_16", lambda text, generator: text.decode().encode(generator.choice(["utf-16", "utf-16-le", "utf-32"])))
 _enter("byte_order_mark", lambda text, generator: b"\xef\xbb\xbf" + text)
@@ -52,7 +67,9 @@ _enter("unclosed_nesting", lambda text, generator: _with(text, b'"meta": ' + b"[
 _enter("huge_number", lambda text, generator: _with(text, b'"bits": ' + b"9" * 5_000))
 _enter("huge_exponent", lambda text, generator: _with(text, b'"group_size": 1e999999999'))
 _enter("bits_twice", lambda text, generator: _first(text, b'"bits": 5, "bits": 4, "group_size": 7'))
-_enter("parameters_twice", lambda text, generator: _first(text, b'"quantization_config": {"bits": 5}, "weight_map": {}'))
+_enter(
+    "parameters_twice", lambda text, generator: _first(text, b'"quantization_config": {"bits": 5}, "weight_map": {}')
+)
 _enter("cut", _cut)
 _enter("one_byte", _flip)
 _enter("other_content", lambda text, generator: generator.choice(CONTENTS))

@@ -126,7 +126,9 @@ def permuted(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("groups", group_size=32)
 def uneven(checkpoint: Checkpoint, generator: random.Random) -> None:
     """Groups of other sizes, some of them empty."""
-    checkpoint.change(_some(checkpoint, generator, "g_idx"), lambda array: np.where(array == 0, 1, array).astype(np.int32))
+    checkpoint.change(
+        _some(checkpoint, generator, "g_idx"), lambda array: np.where(array == 0, 1, array).astype(np.int32)
+    )
 
 
 @mutation("groups", desc_act=False)
@@ -173,7 +175,7 @@ def other_length(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 
 def _scales(checkpoint: Checkpoint, generator: random.Random, values: list[float], kind: str = "F32") -> None:
-    """Put one of the values into one scale, or into all of a module, which has float32 scales from then on."""
+    """Put one of the values into one scale, or into all of a module; ``kind`` is what they are stored in afterwards."""
     name = _some(checkpoint, generator, "scales")
     content = checkpoint.shard_with(name)
     array = content[name].floats()
@@ -219,6 +221,9 @@ def other_float_type(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 @mutation("scales", bits=4)
 def overflow_in_half_precision(checkpoint: Checkpoint, generator: random.Random) -> None:
-    """A scale that float16 has, and a product that it has not."""
+    """Scales that float16 has, and products that it has not."""
+    checkpoint.accept = "nothing"
     checkpoint.config["dtype"] = "float16"
-    _scales(checkpoint, generator, [65504.0, 20000.0], "F16")
+    checkpoint.change(
+        _some(checkpoint, generator, "scales"), lambda array: np.full(array.shape, 60000, dtype=np.float16)
+    )
