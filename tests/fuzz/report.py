@@ -15,7 +15,11 @@ def problems(key: Key, said: dict[str, str]) -> list[str]:
     title = f"{kind}: {this.mutation.name} of {this.base}"
     again = f"python tests/fuzz/run.py --seed {seed} --kind {kind!r} --number {number}"
     return [
-        f"{title}: {what} {said[what]}: {said.get(f'{what}_detail', '')}\n    {again}"
+        f"{title}: {what} {said[what]}: {_printable(said.get(f'{what}_detail', ''))}\n    {again}"
         for what in ("load", "inspect")
         if what in said and said[what] not in GOOD
     ]
+
+
+def _printable(text: str) -> str:
+    return text.encode("unicode_escape").decode()

@@ -172,7 +172,8 @@ def twin_logits(checkpoint: Checkpoint, state: dict[str, Stored], dtype: torch.d
         text = json.dumps(checkpoint.config).encode()
         Path(folder, INSIDE).write_bytes(checkpoint.rewrite.get(INSIDE, bytes)(text))
         Path(folder, "model.safetensors").write_bytes(serialize(state))
-        arguments = {} if dtype is None else {"dtype": dtype}
+        # The experts' other implementation has no float64.
+        arguments = {} if dtype is None else {"dtype": dtype, "experts_implementation": "eager"}
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise NoMeaning("the model has other weights")

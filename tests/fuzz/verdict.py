@@ -98,6 +98,8 @@ def _clear(error: CheckpointError, checkpoint: Checkpoint) -> tuple[str, str]:
 
 def _raised(error: Exception, tail: str, folder: Path, checkpoint: Checkpoint, what: str) -> tuple[str, str]:
     """transformers' own exception is the one that the float twin meets in the same place, or that no file is found."""
+    if checkpoint.must_load:
+        return "refused, though harmless", tail
     is_its = _place(error)[0].startswith(str(Path(transformers.__file__).parent))
     if is_its and isinstance(error, OSError | ValueError) and str(folder) in str(error):
         return "transformers' own", str(error)

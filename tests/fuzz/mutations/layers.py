@@ -120,7 +120,7 @@ def bias_where_the_model_has_none(checkpoint: Checkpoint, generator: random.Rand
 
 @mutation("layers")
 def plain_tensors_too_many(checkpoint: Checkpoint, generator: random.Random) -> None:
-    name = generator.choice(["model.layers.0.self_attn.rotary_emb.inv_freq", "x", "model.x.weight", "y.scales"])
+    name = generator.choice(["model.layers.0.self_attn.rotary_emb.inv_freq", "x", "model.x.weight", "y.scales.z"])
     checkpoint.put(name, Stored.of(np.ones(8, dtype=np.float32)))
 
 
