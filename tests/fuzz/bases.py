@@ -32,6 +32,8 @@ RECIPES = (
     Recipe(2, 16, True, False, scales=torch.float32),
     Recipe(3, 32, True, True),
     Recipe(3, 32, False, False),
+    Recipe(4, 128, False, True),
+    Recipe(2, 128, False, False),
 )
 LAYOUTS = ("TheBloke's", "AutoGPTQ's", "sharded", "config.json alone")
 

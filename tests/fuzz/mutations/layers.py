@@ -170,19 +170,41 @@ def fewer_heads(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.config["num_key_value_heads"] = 1
 
 
-@mutation("shapes")
-def columns_padded(checkpoint: Checkpoint, generator: random.Random) -> None:
-    """32 columns more, whose weights are zero; one of them may not be."""
-    module = _module(checkpoint, generator)
-    is_lie = generator.random() < 0.5
-    for suffix, columns in (("qweight", 32), ("scales", 32), ("qzeros", checkpoint.bits)):
+def _pad_columns(checkpoint: Checkpoint, module: str, columns: int, is_lie: bool) -> None:
+    """Add columns of code zero; their weights are zero unless this ``is_lie``."""
+    for suffix, more in (("qweight", columns), ("scales", columns), ("qzeros", columns * checkpoint.bits // 32)):
         name = f"{module}.{suffix}"
         content = checkpoint.shard_with(name)
         array = content[name].array()
-        more = np.zeros((array.shape[0], columns), dtype=array.dtype)
+        added = np.zeros((array.shape[0], more), dtype=array.dtype)
         if suffix == "scales" and is_lie:
-            more[...] = array[:, :1]
-        content[name] = Stored.of(np.concatenate([array, more], axis=1), content[name].dtype)
+            added[...] = array[:, :1]
+        content[name] = Stored.of(np.concatenate([array, added], axis=1), content[name].dtype)
+
+
+@mutation("shapes")
+def columns_added(checkpoint: Checkpoint, generator: random.Random) -> None:
+    """32 columns more, whose weights are zero; one of them may not be."""
+    _pad_columns(checkpoint, _module(checkpoint, generator), 32, generator.random() < 0.5)
+
+
+@mutation("shapes", group_size=128)
+def columns_padded_to_the_group(checkpoint: Checkpoint, generator: random.Random) -> None:
+    checkpoint.must_load = True
+    module = _module(checkpoint, generator)
+    _pad_columns(checkpoint, module, 128 - checkpoint.shapes[module][0], False)
+
+
+@mutation("shapes", group_size=128)
+def rows_padded_to_the_group(checkpoint: Checkpoint, generator: random.Random) -> None:
+    """More rows, which no input reaches; ``g_idx`` goes on for them, or has to be understood without."""
+    checkpoint.must_load = generator.random() < 0.7
+    module = _module(checkpoint, generator)
+    more = 128 - checkpoint.shapes[module][1]
+    added = np.zeros((more * checkpoint.bits // 32, checkpoint.shapes[module][0]), dtype=np.int32)
+    checkpoint.change(f"{module}.qweight", lambda array: np.concatenate([array, added]))
+    if checkpoint.must_load:
+        checkpoint.change(f"{module}.g_idx", lambda array: np.zeros(128, dtype=np.int32))
 
 
 @mutation("shapes", group_size=-1)
