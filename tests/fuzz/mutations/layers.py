@@ -171,14 +171,14 @@ def fewer_heads(checkpoint: Checkpoint, generator: random.Random) -> None:
 
 
 def _pad_columns(checkpoint: Checkpoint, module: str, columns: int, is_lie: bool) -> None:
-    """Add columns of code zero; their weights are zero unless this ``is_lie``."""
+    """Repeat the first columns, with scales of zero unless this ``is_lie``."""
     for suffix, more in (("qweight", columns), ("scales", columns), ("qzeros", columns * checkpoint.bits // 32)):
         name = f"{module}.{suffix}"
         content = checkpoint.shard_with(name)
         array = content[name].array()
-        added = np.zeros((array.shape[0], more), dtype=array.dtype)
-        if suffix == "scales" and is_lie:
-            added[...] = array[:, :1]
+        added = np.resize(array.T, (more, array.shape[0])).T
+        if suffix == "scales" and not is_lie:
+            added = np.zeros_like(added)
         content[name] = Stored.of(np.concatenate([array, added], axis=1), content[name].dtype)
 
 
