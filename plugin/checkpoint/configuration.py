@@ -1,25 +1,29 @@
-"""Reading the quantization parameters, from ``config.json`` or from ``quantize_config.json``.
+"""Reading the quantization parameters, from ``config.json`` and from ``quantize_config.json``.
 
-Both hold the same keys; a checkpoint has one, the other, or both. Sources: AutoGPTQ's
-``BaseQuantizeConfig``, GPTQModel's ``QuantizeConfig`` (``dynamic``, ``checkpoint_format``).
+Both hold the same keys; a checkpoint has one, the other, or both. There is one order: ``quantization_config`` in
+``config.json`` counts, as it does for transformers, vLLM and text-generation-inference; ``quantize_config.json`` counts
+where that is absent. Where both are there, both must be sound, and neither may contradict the other in what the tensors
+cannot show. Sources: AutoGPTQ's ``BaseQuantizeConfig``, GPTQModel's ``QuantizeConfig`` (``dynamic``,
+``checkpoint_format``).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from graftq.plugin.checkpoint.fields import Fields, brief
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.validation import Declared
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import SUPPORTED_BITS
 
 if TYPE_CHECKING:
+    from graftq.plugin.checkpoint.rules import Rules
     from graftq.plugin.checkpoint.source import Source
 
+CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -36,12 +40,16 @@ class QuantConfig:
             a pattern beginning with ``-:`` excludes modules from quantization.
         weight_names: File names (without ending) under which the writer may have stored the weights.
         source: The file the parameters come from, for messages.
+        rules: The patterns of ``dynamic``; None if there are none.
+        beside: The parameters in the other file, which do not count, but must not contradict.
     """
 
     declared: Declared
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weight_names: tuple[str, ...] = ()
     source: str = ""
+    rules: Rules | None = field(default=None, compare=False)
+    beside: QuantConfig | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> QuantConfig:
@@ -50,27 +58,46 @@ class QuantConfig:
         Raises:
             CheckpointError: for another method or format than GPTQ's, and for values out of range.
         """
-        method = str(raw.get("quant_method") or raw.get("method") or "gptq").lower()
+        fields = Fields(raw, source)
+        method = read_method(raw, source)
         if method != "gptq":
-            raise CheckpointError(f"quant_method is {method!r}, not 'gptq'", file=source)
-        declared = Declared(
-            bits=_integer(raw, "bits", source, allowed=SUPPORTED_BITS),
-            group_size=_group_size(raw, source),
-            desc_act=bool(raw.get("desc_act", False)),
-            sym=None if raw.get("sym") is None else bool(raw["sym"]),
-            zero_offset=ZERO_OFFSETS[_format(raw, source)],
-        )
+            raise CheckpointError(f"quant_method is {brief(method)}, not 'gptq'", file=source)
+        declared = replace(_overridden(Declared(), fields), zero_offset=ZERO_OFFSETS[_format(fields)])
         if declared.bits is None:
             raise CheckpointError("bits missing", file=source)
-        dynamic = raw.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping):
-            raise CheckpointError(f"dynamic is a {type(dynamic).__name__}, not an object", file=source)
-        for pattern, overrides in dynamic.items():
-            _check_rule(pattern, overrides, source)
-        stems = [raw.get(key) for key in ("model_file_base_name", "model_basename")]
+        dynamic, rules = _dynamic(raw.get("dynamic"), source)
+        stems = [fields.file_stem(key) for key in ("model_file_base_name", "model_basename")]
         group_size = -1 if declared.group_size is None else declared.group_size
         stems.append(autogptq_stem(declared.bits, group_size))
-        return cls(declared, dynamic, tuple(dict.fromkeys(str(stem) for stem in stems if stem)), source)
+        return cls(declared, dynamic, tuple(dict.fromkeys(stem for stem in stems if stem)), source, rules)
+
+    @classmethod
+    def from_files(cls, written: Mapping[str, Mapping[str, Any]], source: Source) -> QuantConfig:
+        """The parameters of a checkpoint from all that its files state.
+
+        Args:
+            written: From :func:`read_written`; not empty.
+            source: The checkpoint.
+
+        Raises:
+            CheckpointError: as :meth:`from_dict` for either file, or if they contradict each other about the format.
+        """
+        first, *others = (cls.from_dict(raw, source.describe(name)) for name, raw in written.items())
+        for beside in others:
+            first = first.with_beside(beside)
+        return first
+
+    def with_beside(self, other: QuantConfig) -> QuantConfig:
+        """These parameters, held against those of another file.
+
+        Raises:
+            CheckpointError: if the formats differ: where zero points vary, no tensor shows which is right.
+        """
+        if self.format != other.format:
+            reason = f"checkpoint_format is {self.format!r}, but {other.format!r} in {other.source} (without one, 'gptq')"
+            raise CheckpointError(reason, file=self.source)
+        names = tuple(dict.fromkeys((*other.weight_names, *self.weight_names)))  # AutoGPTQ names files in its own
+        return replace(self, beside=other, weight_names=names)
 
     @property
     def format(self) -> str:
@@ -78,21 +105,73 @@ class QuantConfig:
         return next(name for name, offset in ZERO_OFFSETS.items() if offset == self.declared.zero_offset)
 
     def for_module(self, name: str) -> Declared:
-        """What is declared for the module of that name in the checkpoint, ``dynamic`` included."""
-        for pattern, overrides in self.dynamic.items():
-            if re.match(re.sub(r"^[+-]:", "", pattern), name):
-                return self._override(overrides)
-        return self.declared
+        """What is declared for the module of that name in the checkpoint, ``dynamic`` included.
 
-    def _override(self, overrides: Mapping[str, Any]) -> Declared:
-        base = self.declared
-        return Declared(
-            bits=overrides.get("bits", base.bits),
-            group_size=overrides.get("group_size", base.group_size),
-            desc_act=overrides.get("desc_act", base.desc_act),
-            sym=overrides.get("sym", base.sym),
-            zero_offset=base.zero_offset,
-        )
+        Raises:
+            CheckpointError: if a pattern of ``dynamic`` takes too long to match.
+        """
+        declared = self.declared
+        number = self.rules.find(name) if self.rules else None
+        if number is not None:
+            pattern, overrides = list(self.dynamic.items())[number]
+            declared = _overridden(declared, Fields(overrides, self.source, _within(pattern)))
+        if self.beside is not None:
+            other = self.beside.for_module(name).desc_act
+            if other != declared.desc_act:
+                disputed = f"desc_act is {declared.desc_act} in {self.source}, but {other} in {self.beside.source}"
+                declared = replace(declared, disputed_order=disputed)
+        return declared
+
+
+def read_method(raw: Mapping[str, Any], source: str) -> str:
+    """The quantization method that parameters name, in lower case; "gptq" if they name none.
+
+    bitsandbytes' first releases named none either, and are told by their switches.
+
+    Raises:
+        CheckpointError: if it is no string.
+    """
+    fields = Fields(raw, source)
+    named = [method for key in ("quant_method", "method") if (method := fields.word(key))]
+    if not named and (raw.get("load_in_4bit") or raw.get("load_in_8bit")):
+        return "bitsandbytes"
+    return named[0] if named else "gptq"
+
+
+def read_written(
+    source: Source, given: Mapping[str, Any] | None = None, name: str = QUANTIZE_CONFIG
+) -> dict[str, Mapping[str, Any]]:
+    """What a checkpoint states of its quantization, by file, the one that counts first; empty if it states nothing.
+
+    Args:
+        source: The checkpoint.
+        given: What stands for the parameters in ``config.json``, if the caller has them already.
+        name: The other file.
+
+    Raises:
+        CheckpointError: if a file is damaged.
+    """
+    path = source.fetch(CONFIG) if given is None else source.cached(CONFIG)
+    config = read_object(path, source.describe(CONFIG)) if path else {}
+    parameters: Any = given if given is not None else stated_in(config)
+    path = source.fetch(name)
+    beside = read_object(path, source.describe(name)) if path else None
+    if parameters is not None and not isinstance(parameters, Mapping):
+        kind = type(parameters).__name__
+        raise CheckpointError(f"quantization_config is a {kind}, not an object", file=source.describe(CONFIG))
+    found = {CONFIG: parameters, name: beside}
+    if not parameters and beside is not None:
+        del found[CONFIG]
+    return {file: raw for file, raw in found.items() if raw is not None}
+
+
+def stated_in(config: Mapping[str, Any]) -> Any:
+    """The quantization parameters in a model's configuration, or in that of its language model; None without any."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, Mapping) else {}):
+        if holder.get("quantization_config") is not None:
+            return holder["quantization_config"]
+    return None
 
 
 def autogptq_stem(bits: int, group_size: int) -> str:
@@ -100,77 +179,49 @@ def autogptq_stem(bits: int, group_size: int) -> str:
     return f"gptq_model-{bits}bit-{group_size}g"
 
 
-def parse_json(text: str, source: str) -> dict[str, Any]:
-    """Parse a configuration file that must hold an object.
-
-    Raises:
-        CheckpointError: if it does not.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"not valid JSON: {error}", file=source) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"holds a {type(value).__name__}, not an object", file=source)
-    return value
-
-
-def read_declared(source: Source, name: str = QUANTIZE_CONFIG) -> tuple[dict[str, Any], str] | None:
-    """What a checkpoint says of itself, and in which file; None if it says nothing.
-
-    In AutoGPTQ's order: the file ``name``, then ``config.json``.
-
-    Raises:
-        CheckpointError: if the file is damaged.
-    """
-    for file in (name, "config.json"):
-        path = source.fetch(file)
-        if path is None:
-            continue
-        where = source.describe(file)
-        raw = parse_json(Path(path).read_text(encoding="utf-8"), where)
-        declared = raw if file == name else raw.get("quantization_config")
-        if declared is not None:
-            return declared, where
-    return None
+def _overridden(base: Declared, fields: Fields) -> Declared:
+    """``base``, with what the parameters state instead."""
+    desc_act, sym = fields.boolean("desc_act"), fields.boolean("sym")
+    bits, group_size = fields.integer("bits", SUPPORTED_BITS), fields.integer("group_size")
+    if group_size is not None and group_size != -1 and group_size <= 0:
+        raise fields.fail("group_size", "; it must be positive, or -1 for one group")
+    return replace(
+        base,
+        bits=base.bits if bits is None else bits,
+        group_size=base.group_size if group_size is None else group_size,
+        desc_act=base.desc_act if desc_act is None else desc_act,
+        sym=base.sym if sym is None else sym,
+    )
 
 
-def _integer(raw: Mapping[str, Any], key: str, source: str, allowed: tuple[int, ...] | None = None) -> int | None:
-    value = raw.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
-        raise CheckpointError(f"{key} is {value!r}, not an integer", file=source)
-    if allowed is not None and int(value) not in allowed:
-        raise CheckpointError(f"{key} is {value}; GPTQ has {', '.join(map(str, allowed))}", file=source)
-    return int(value)
-
-
-def _group_size(raw: Mapping[str, Any], source: str) -> int | None:
-    size = _integer(raw, "group_size", source)
-    if size is not None and size != -1 and size <= 0:
-        raise CheckpointError(f"group_size is {size}; it must be positive, or -1 for one group", file=source)
-    return size
-
-
-def _format(raw: Mapping[str, Any], source: str) -> str:
-    names = {str(raw[key]).lower() for key in ("checkpoint_format", "format") if raw.get(key) is not None}
-    if raw.get("is_marlin_format"):
+def _format(fields: Fields) -> str:
+    names = {name for key in ("checkpoint_format", "format") if (name := fields.word(key))}
+    if fields.boolean("is_marlin_format"):
         names.add("marlin")
     if len(names) > 1:
-        raise CheckpointError(f"contradictory formats: {' and '.join(sorted(names))}", file=source)
+        formats = " and ".join(map(brief, sorted(names)))
+        raise CheckpointError(f"contradictory formats: {formats}", file=fields.file)
     name = next(iter(names), "gptq")
     if name not in ZERO_OFFSETS:
-        raise CheckpointError(f"checkpoint_format is {name!r}; graftq reads {' and '.join(ZERO_OFFSETS)}", file=source)
+        known = " and ".join(ZERO_OFFSETS)
+        raise CheckpointError(f"checkpoint_format is {brief(name)}; graftq reads {known}", file=fields.file)
     return name
 
 
-def _check_rule(pattern: str, overrides: Any, source: str) -> None:
-    try:
-        re.compile(re.sub(r"^[+-]:", "", pattern))
-    except re.error as error:
-        raise CheckpointError(f"dynamic rule {pattern!r} is not a regular expression: {error}", file=source) from error
-    if not isinstance(overrides, Mapping):
-        raise CheckpointError(f"dynamic rule {pattern!r} overrides nothing", file=source)
-    _integer(overrides, "bits", source, allowed=SUPPORTED_BITS)
-    _group_size(overrides, source)
+def _dynamic(dynamic: Any, source: str) -> tuple[Mapping[str, Mapping[str, Any]], Rules | None]:
+    if not dynamic and (dynamic is None or isinstance(dynamic, Mapping)):
+        return {}, None
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"dynamic is a {type(dynamic).__name__}, not an object", file=source)
+    from graftq.plugin.checkpoint.rules import Rules
+
+    rules = Rules(list(dynamic), source)
+    for pattern, overrides in dynamic.items():
+        if not isinstance(overrides, Mapping):
+            raise CheckpointError(f"{_within(pattern)}overrides nothing", file=source)
+        _overridden(Declared(), Fields(overrides, source, _within(pattern)))
+    return dynamic, rules
+
+
+def _within(pattern: str) -> str:
+    return f"dynamic rule {brief(pattern)}: "

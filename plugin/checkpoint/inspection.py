@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from graftq.plugin.checkpoint import weight_files
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, parse_entry
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.projections import InspectedProjection, look_at_headers, look_at_values
 from graftq.plugin.checkpoint.source import Source
 from graftq.quant_linear.errors import CheckpointError
@@ -52,19 +52,13 @@ def inspect(source: Source) -> Inspection:
             single projections is among the result's errors instead.
     """
     _check_exists(source)
-    model = _read_json(source, "config.json")
-    text = model.get("text_config")
-    text = text if isinstance(text, dict) else {}
-    found = model.get("quantization_config") or text.get("quantization_config")
-    written = {"config.json": found, QUANTIZE_CONFIG: _read_json(source, QUANTIZE_CONFIG)}
-    raw = {name: parameters for name, parameters in written.items() if parameters}
+    raw = read_written(source)
     if not raw:
         raise CheckpointError(
-            f"not a GPTQ checkpoint: no quantization_config in config.json, and no {QUANTIZE_CONFIG}",
+            f"not a GPTQ checkpoint: no quantization_config in {CONFIG}, and no {QUANTIZE_CONFIG}",
             file=source.describe(""),
         )
-    where = next(iter(raw))
-    config = QuantConfig.from_dict(raw[where], source.describe(where))
+    config = QuantConfig.from_files(raw, source)
     name = weight_files.find_safetensors(source, config)
     if name is None:
         if pickles := weight_files.find_pickles(source, config):
@@ -80,12 +74,8 @@ def inspect(source: Source) -> Inspection:
         unread = f"they take {human(size)}"
     if not unread:
         seen = look_at_values(seen, index, config)
-    dtype = next(
-        (str(holder[key]) for holder in (model, text) for key in ("dtype", "torch_dtype") if holder.get(key)), ""
-    )
-    dtype = dtype if dtype in ("float16", "bfloat16", "float32") else "float16"
     errors = tuple(one.error for one in seen.values() if one.error)
-    return Inspection(source, config, raw, name, index, dtype, seen, unread, errors)
+    return Inspection(source, config, raw, name, index, _model_dtype(source), seen, unread, errors)
 
 
 def human(size: int) -> str:
@@ -98,9 +88,14 @@ def human(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _read_json(source: Source, name: str) -> dict[str, Any]:
-    path = source.fetch(name)
-    return {} if path is None else parse_json(Path(path).read_text(encoding="utf-8"), source.describe(name))
+def _model_dtype(source: Source) -> str:
+    """What the model's configuration names as dtype, or float16."""
+    path = source.fetch(CONFIG)
+    model: dict[str, Any] = read_object(path, source.describe(CONFIG)) if path else {}
+    text = model.get("text_config")
+    holders = [model, text if isinstance(text, dict) else {}]
+    named = (holder[key] for holder in holders for key in ("dtype", "torch_dtype") if holder.get(key))
+    return next((dtype for dtype in named if dtype in ("float16", "bfloat16", "float32")), "float16")
 
 
 def _open(source: Source, name: str) -> tuple[CheckpointIndex, str]:
@@ -130,7 +125,7 @@ def _remote_header(source: Source, file: str) -> list[TensorInfo]:
 
 def _check_exists(source: Source) -> None:
     """Say at once what is wrong with a repository, before the client tries again and again."""
-    if source.is_local or any(source.cached(name) for name in ("config.json", QUANTIZE_CONFIG)):
+    if source.is_local or any(source.cached(name) for name in (CONFIG, QUANTIZE_CONFIG)):
         return
     try:
         from huggingface_hub import HfApi

@@ -51,8 +51,9 @@ def _parameters(found: Inspection) -> Iterator[str]:
     if len({bits for bits, _ in shown}) > 1:
         yield f"modules differ in bits: {', '.join(map(str, sorted({bits for bits, _ in shown})))}"
     listed = raw.get("modules_in_block_to_quantize")
-    if listed:
-        names = [name for group in listed for name in ([group] if isinstance(group, str) else group)]
+    groups = [[group] if isinstance(group, str) else group for group in listed] if isinstance(listed, list) else []
+    if groups and all(isinstance(group, list) for group in groups):
+        names = [name for group in groups for name in group]
         if unlisted := [name for name in found.seen if not any(name.endswith(f".{listed}") for listed in names)]:
             yield f"modules_in_block_to_quantize does not name {_some(unlisted)}"
 

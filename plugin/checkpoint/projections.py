@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
+from graftq.plugin.checkpoint.padding import is_padded
 from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import QuantSpec
@@ -59,7 +60,8 @@ def look_at_values(
     """Refine what headers said by the values of the small tensors, file by file."""
     result = dict(seen)
     sound = {stored: one.infos for stored, one in seen.items() if one.spec is not None}
-    for stored, values in index.read_small(sound):
+    padded = {stored for stored, one in seen.items() if one.spec is not None and is_padded(one.spec)}
+    for stored, values in index.read_small(sound, padded):
         result[stored] = _look(seen[stored], config.for_module(stored), values)
     return result
 

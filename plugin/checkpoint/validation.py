@@ -1,7 +1,7 @@
 """From the tensors of one projection to its :class:`QuantSpec`, or to an error that says what is wrong.
 
-The tensors decide; the configuration is held against them. Nothing here touches ``qweight``'s values,
-so that checking a checkpoint reads about a tenth of it.
+The tensors decide; the configuration is held against them. Of ``qweight``'s values, only those that the model has no
+place for are looked at, so that checking a checkpoint reads about a tenth of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from graftq.plugin.checkpoint.headers import TensorInfo
+from graftq.plugin.checkpoint.padding import check_padding, is_padded
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import SUPPORTED_BITS, QuantSpec
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
+
+LARGEST_WEIGHT = math.sqrt(3.4e38)
+"""Beyond this, a weight's product with an activation of its own size is no float32, in which every kernel adds up."""
 
 Fail = Callable[[str], CheckpointError]
 
@@ -33,6 +37,7 @@ class Declared:
         desc_act: Whether act-order was used.
         sym: Whether zero points are symmetric.
         zero_offset: 1 for ``gptq`` (v1), 0 for ``gptq_v2``.
+        disputed_order: What two files say of ``desc_act``, where they contradict each other; else "".
     """
 
     bits: int | None = None
@@ -40,6 +45,7 @@ class Declared:
     desc_act: bool = False
     sym: bool | None = None
     zero_offset: int = 1
+    disputed_order: str = ""
 
 
 def spec_from_headers(
@@ -129,6 +135,7 @@ def check_values(
     spec: QuantSpec,
     declared: Declared,
     values: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
 ) -> QuantSpec:
     """Hold a projection's values against its spec and its label.
 
@@ -137,28 +144,46 @@ def check_values(
         infos: Its tensors' headers by suffix.
         spec: From :func:`spec_from_headers`.
         declared: What the configuration says.
-        values: The tensors themselves by suffix, ``qweight`` not needed.
+        values: The tensors themselves by suffix, ``qweight`` only where the spec has padding.
+        dtype: What the layer computes in, if that is known.
 
     Returns:
         The spec with ``desc_act`` and ``sym`` as the values show them.
 
     Raises:
-        CheckpointError: if ``g_idx`` is out of range, scales are not finite, the zero points contradict
-            the label, or a bias is not zero where the model has none.
+        CheckpointError: if ``g_idx`` is out of range, scales are not finite or too large to compute with, the zero
+            points contradict the label, a bias is not zero where the model has none, or padding is not zero.
     """
     scales = values["scales"]
     if not scales.isfinite().all():
         info = infos["scales"]
         bad = "NaN" if scales.isnan().any() else "infinite"
         raise CheckpointError(f"{bad} values among the scales", file=info.file, module=info.name)
+    _check_range(infos["scales"], spec, scales, dtype)
     if "bias" in values and not spec.has_bias and values["bias"].any():
         info = infos["bias"]
         raise CheckpointError("non-zero bias, but the model's layer has none", file=info.file, module=info.name)
     if "g_idx" in values:
         spec = _check_g_idx(infos["g_idx"], spec, declared, values["g_idx"])
-    elif spec.desc_act:
-        raise CheckpointError("desc_act is true but g_idx is missing", file=infos["qweight"].file, module=module)
-    return replace(spec, sym=_check_zero_points(infos["qzeros"], spec, declared, values["qzeros"]))
+    elif spec.num_groups > 1 and (spec.desc_act or declared.disputed_order):
+        why = declared.disputed_order or "desc_act is true"
+        raise CheckpointError(f"{why} but g_idx is missing", file=infos["qweight"].file, module=module)
+    spec = replace(spec, sym=_check_zero_points(infos["qzeros"], spec, declared, values["qzeros"]))
+    if is_padded(spec):
+        check_padding(module, infos, spec, values)
+    return spec
+
+
+def _check_range(info: TensorInfo, spec: QuantSpec, scales: torch.Tensor, dtype: torch.dtype | None) -> None:
+    import torch
+
+    largest = float(scales.abs().max()) * 2**spec.bits
+    limit = LARGEST_WEIGHT if dtype is None else min(torch.finfo(dtype).max, LARGEST_WEIGHT)
+    if largest > limit:
+        where = "" if dtype is None or limit == LARGEST_WEIGHT else f" in {str(dtype).removeprefix('torch.')}"
+        raise CheckpointError(
+            f"scales up to {largest / 2**spec.bits:.3g} overflow{where}", file=info.file, module=info.name
+        )
 
 
 def _check_dtypes(module: str, tensors: Mapping[str, TensorInfo]) -> None:
@@ -231,9 +256,9 @@ def _check_g_idx(info: TensorInfo, spec: QuantSpec, declared: Declared, g_idx: t
     if spec.num_groups == 1:
         return replace(spec, desc_act=False)
     if high == 0:
-        if declared.desc_act:
+        if declared.desc_act or declared.disputed_order:
             raise CheckpointError(
-                f"all zeros, but there are {spec.num_groups} groups and desc_act is true",
+                f"all zeros, but there are {spec.num_groups} groups and {declared.disputed_order or 'desc_act is true'}",
                 file=info.file,
                 module=info.name,
             )
@@ -251,10 +276,9 @@ def _check_zero_points(info: TensorInfo, spec: QuantSpec, declared: Declared, qz
     low, high = int(stored.min()), int(stored.max())
     if low == high == middle - spec.zero_offset:
         return True
-    if declared.sym is False:
-        return False
     label, other = ("gptq", "gptq_v2") if spec.zero_offset else ("gptq_v2", "gptq")
     if low == high == middle - (1 - spec.zero_offset):
+        # Also where `sym` is false: a whole projection of zero points that all happen to be this one is no chance.
         raise CheckpointError(
             f"labeled {label}, but the symmetric zero points are stored as {other} stores them ({low})",
             file=info.file,

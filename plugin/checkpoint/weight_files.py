@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig
+from graftq.plugin.checkpoint.fields import check_file_name
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
 from graftq.quant_linear.errors import CheckpointError
 
@@ -21,7 +21,7 @@ def find_safetensors(source: Source, config: QuantConfig) -> str | None:
     Raises:
         CheckpointError: if several files could be meant.
     """
-    for stem in ("model", *_stems(source, config)):
+    for stem in ("model", *config.weight_names):
         for ending in SAFE_ENDINGS:
             if source.has(stem + ending):
                 return stem + ending
@@ -30,7 +30,7 @@ def find_safetensors(source: Source, config: QuantConfig) -> str | None:
 
 def find_pickles(source: Source, config: QuantConfig) -> list[str]:
     """Names of the pickles that may hold the weights; the one that is named, if there is one."""
-    named = [stem + ending for stem in _stems(source, config) for ending in PICKLE_ENDINGS]
+    named = [stem + ending for stem in config.weight_names for ending in PICKLE_ENDINGS]
     if found := next((name for name in named if source.has(name)), None):
         return [found]
     if candidates := [name for name in _candidates(source) if name.endswith(PICKLE_ENDINGS)]:
@@ -55,13 +55,12 @@ def read_weight_map(source: Source, index: str) -> dict[str, str]:
         CheckpointError: if the index is malformed, names a file outside, or one that is absent.
     """
     path = source.fetch(index)
-    content = parse_json(Path(path).read_text(encoding="utf-8"), source.describe(index)) if path else {}
+    content = read_object(path, source.describe(index)) if path else {}
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError("no weight_map in the index", file=source.describe(index))
     for shard in sorted(set(weight_map.values())):
-        if os.path.basename(shard) != shard:
-            raise CheckpointError(f"the index names a file outside: {shard}", file=source.describe(index))
+        check_file_name(shard, source.describe(index))
         if source.is_local and source.fetch(shard) is None:
             raise CheckpointError("the index names this file, and it is absent", file=source.describe(shard))
     return weight_map
@@ -82,16 +81,6 @@ def the_only(source: Source, names: Sequence[str]) -> str | None:
             file=source.describe(""),
         )
     return found[0] if found else None
-
-
-def _stems(source: Source, config: QuantConfig) -> tuple[str, ...]:
-    """AutoGPTQ names the weights in ``quantize_config.json``, even where ``config.json`` has the rest."""
-    path = source.fetch(QUANTIZE_CONFIG)
-    if path is None:
-        return config.weight_names
-    where = source.describe(QUANTIZE_CONFIG)
-    named = QuantConfig.from_dict(parse_json(Path(path).read_text(encoding="utf-8"), where), where).weight_names
-    return tuple(dict.fromkeys((*named, *config.weight_names)))
 
 
 def _candidates(source: Source) -> list[str]:

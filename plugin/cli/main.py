@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
 
-from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.errors import CheckpointError, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if something is wrong, 2 for a wrong call."""
     parsed = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not have all letters of a name
     try:
         return int(_doctor() if parsed.command == "doctor" else _inspect(parsed.checkpoint, parsed.revision))
     except CheckpointError as error:
@@ -53,7 +57,7 @@ def _inspect(checkpoint: str, revision: str | None) -> bool:
 
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, flush=True)
+        print(printable(line), flush=True)  # names in a checkpoint may be commands to the terminal
 
 
 if __name__ == "__main__":
