@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from graftq.adapters.auto_gptq.options import sort_out
 from graftq.adapters.auto_gptq.quantize_config import BaseQuantizeConfig
 from graftq.plugin import import_hooks
-from graftq.plugin.checkpoint.configuration import autogptq_stem, read_declared
+from graftq.plugin.checkpoint.configuration import autogptq_stem, read_written
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
 from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 
@@ -185,16 +185,16 @@ def _given(
         ValueError: if their format is not the checkpoint's own. Nothing but the format tells how zero points are
             stored, and a program that leaves it at its default does not mean to contradict.
     """
-    declared = read_declared(source)
+    written = read_written(source)
     if isinstance(quantize_config, BaseQuantizeConfig):
         raw = quantize_config.to_dict()
         if raw["sym"]:  # how to quantize, by default; AutoGPTQ takes the zero points from the file in any case
             del raw["sym"]
     else:
-        raw = dict(quantize_config or (declared[0] if declared else {}))
+        raw = dict(quantize_config or next(iter(written.values()), {}))
     own = BaseQuantizeConfig.from_quant_config(raw, checkpoint_format).checkpoint_format
-    if declared is not None:
-        BaseQuantizeConfig.from_quant_config({"checkpoint_format": own, **declared[0]}, own, declared[1])
+    for name, stated in written.items():
+        BaseQuantizeConfig.from_quant_config({"checkpoint_format": own, **stated}, own, source.describe(name))
     return {**raw, "quant_method": "gptq", "checkpoint_format": own}
 
 

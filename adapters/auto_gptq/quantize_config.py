@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_declared
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 
 # What AutoAWQ calls them; AutoGPTQ reads both.
@@ -64,7 +64,7 @@ class BaseQuantizeConfig:
 
     @classmethod
     def from_pretrained(cls, save_dir: str | Path, **kwargs: Any) -> BaseQuantizeConfig:
-        """Read ``quantize_config.json`` or, where there is none, ``config.json``'s ``quantization_config``.
+        """Read ``config.json``'s ``quantization_config`` and ``quantize_config.json``, which adds what that lacks.
 
         Args:
             save_dir: A folder, or a repository of the Hub.
@@ -76,13 +76,14 @@ class BaseQuantizeConfig:
         """
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         source = Source(str(save_dir), hub)
-        found = read_declared(source)
-        if found is None:
+        written = read_written(source)
+        if not written:
             raise ValueError(
                 f"{source.name}: neither {QUANTIZE_CONFIG} nor a quantization_config in config.json: "
                 "this is no quantized checkpoint, or one that has lost its parameters (pass quantize_config=)"
             )
-        raw, where = found
+        where = source.describe(next(iter(written)))
+        raw = {key: value for each in reversed(written.values()) for key, value in each.items() if value is not None}
         config = cls.from_quant_config(raw, kwargs.get("checkpoint_format"), where)
         config.model_name_or_path = str(save_dir)
         return config

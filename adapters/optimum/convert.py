@@ -70,7 +70,7 @@ def post_init_model(self: Any, model: Any) -> Any:
             for suffix, value in values.items()
         }
         spec = replace(layer.spec, desc_act=declared.desc_act and layer.spec.num_groups > 1)
-        layer.spec = check_values(name, infos, spec, declared, values)
+        layer.spec = check_values(name, infos, spec, declared, values, layer.dtype)
         layer.layout = CheckpointLayout(layer.spec)
         layer.pinned = any(tensor.is_meta for tensor in layer.parameters())
         if not layer.pinned:

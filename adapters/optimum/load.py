@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graftq.plugin import import_hooks
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, read_declared
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, read_written
 from graftq.plugin.checkpoint.source import Source
 
 logger = logging.getLogger("graftq")
@@ -60,10 +60,10 @@ def load_quantized_model(
         logger.warning("graftq: load_quantized_model ignores backend=%r: graftq chooses its kernels", backend)
     config = copy.deepcopy(model.config)
     if getattr(config, "quantization_config", None) is None:
-        declared = read_declared(Source(str(save_folder)), quant_config_name)
-        if declared is None:
+        written = read_written(Source(str(save_folder)), name=quant_config_name)
+        if not written:
             raise ValueError(f"{save_folder}: neither {quant_config_name} nor quantization parameters in config.json")
-        config.quantization_config = {**declared[0], "quant_method": "gptq"}
+        config.quantization_config = dict(next(iter(written.values())))
     if state_dict_name is not None:
         config.transformers_weights = state_dict_name
     if device_map is None:

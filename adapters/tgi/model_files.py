@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from graftq.plugin.checkpoint import weight_files
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.source import Source
 from graftq.quant_linear.errors import CheckpointError
@@ -70,15 +69,10 @@ class Checkpoint:
 
 
 def read_config(source: Source) -> QuantConfig | None:
-    """The parameters in ``config.json``, or else in ``quantize_config.json``; None if neither has any.
+    """The parameters that the files state; None if they state none.
 
     Raises:
-        CheckpointError: if they are damaged, or not GPTQ's.
+        CheckpointError: if they are damaged, not GPTQ's, or contradict each other.
     """
-    for name in ("config.json", QUANTIZE_CONFIG):
-        path = source.fetch(name)
-        whole = parse_json(Path(path).read_text(encoding="utf-8"), source.describe(name)) if path else {}
-        raw = whole.get("quantization_config") if name == "config.json" else whole
-        if raw:
-            return QuantConfig.from_dict(raw, source.describe(name))
-    return None
+    written = read_written(source)
+    return QuantConfig.from_files(written, source) if written else None

@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from graftq.plugin.checkpoint import weight_files
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, parse_json
+from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_method, read_written
+from graftq.plugin.checkpoint.fields import brief, check_file_name
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
 from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
+from graftq.plugin.checkpoint.validation import is_gptq
 from graftq.quant_linear.errors import CheckpointError
+
+OTHER_READERS = ("auto-round",)
+"""Methods of transformers' own that store GPTQ's tensors, and read them by themselves."""
 
 Files = tuple[Sequence[str], Mapping[str, Any] | None]
 """Paths of weight files, and the index's metadata where there is one."""
@@ -42,25 +46,59 @@ class Loading:
     index: CheckpointIndex | None = None
 
     def read_configuration(self, config: Any) -> None:
-        """Find the GPTQ parameters, and put those of ``quantize_config.json`` where transformers looks.
+        """Find the GPTQ parameters, and put them where transformers looks, in the form that it recognizes.
 
         Raises:
-            CheckpointError: if they are not GPTQ's, or damaged.
+            CheckpointError: if they are not GPTQ's, damaged, or contradict each other, or if they name another method
+                and the files are GPTQ's.
         """
-        raw = _declared(config)
-        where = "config.json"
-        if raw is None and self.source is not None:
-            where = QUANTIZE_CONFIG
-            path = self.source.fetch(QUANTIZE_CONFIG)
-            if path is None:
+        holder, given = _declared(config)
+        where = self.source.describe(CONFIG) if self.source else CONFIG
+        if given is not None:
+            self.method = read_method(given, where)
+            if self.method != "gptq":
+                self._refuse_other_method()
                 return
-            raw = parse_json(Path(path).read_text(encoding="utf-8"), self.source.describe(where))
-            config.quantization_config = {"quant_method": "gptq", **raw}
-        if raw is None:
+        if self.source is None:
+            written = {} if given is None else {CONFIG: given}
+        else:
+            written = read_written(self.source, given)
+        if not written:
             return
-        self.method = str(raw.get("quant_method") or "gptq")
-        if self.method.lower() == "gptq" or where == QUANTIZE_CONFIG:
-            self.config = QuantConfig.from_dict(raw, self.source.describe(where) if self.source else where)
+        self.config = QuantConfig.from_files(written, self.source or Source(""))
+        self.method = "gptq"
+        raw = {**next(iter(written.values())), "quant_method": "gptq", "bits": self.config.declared.bits}
+        if raw.get("group_size") is not None:
+            raw["group_size"] = self.config.declared.group_size
+        holder.quantization_config = raw
+
+    def _refuse_other_method(self) -> None:
+        """Raise if the first weight file of a folder holds GPTQ's tensors; before the other method asks for its own."""
+        if self.source is None or not self.source.is_local or not self._is_misread():
+            return
+        first = next((name for name in self.source.names() if name.endswith(".safetensors")), None)
+        if first is None:
+            return
+        try:
+            index = CheckpointIndex.open([str(self.source.fetch(first))])
+        except CheckpointError:  # not for us to say; if it is GPTQ's, it is refused once transformers has found it
+            return
+        self._refuse_packed(index)
+
+    def _is_misread(self) -> bool:
+        """Whether what is going to read the files, if anything is, takes GPTQ's tensors for something else."""
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+        reader = AUTO_QUANTIZER_MAPPING.get(self.method)
+        is_stock = reader is not None and reader.__module__.startswith("transformers.")
+        return reader is None or (is_stock and self.method not in OTHER_READERS)
+
+    def _refuse_packed(self, index: CheckpointIndex) -> None:
+        packed = next((name for name, infos in index.projections().items() if is_gptq(infos)), None)
+        if packed is not None:
+            assert self.source is not None
+            reason = f"packed weights as GPTQ stores them, but quant_method is {brief(self.method)}"
+            raise CheckpointError(reason, file=self.source.describe(CONFIG), module=packed)
 
     def find_weights(self, arguments: dict[str, Any]) -> str | None:
         """Name the weight file, in ``arguments`` of transformers' resolver, where that would not find it.
@@ -74,6 +112,8 @@ class Loading:
         assert self.source is not None
         assert self.config is not None
         explicit = arguments.get("transformers_explicit_filename")
+        for part in explicit.split("/") if explicit else ():  # `transformers_weights` in config.json
+            check_file_name(part, self.source.describe(CONFIG))
         if explicit and explicit.endswith(PICKLE_ENDINGS):  # transformers itself wants a safetensors file there
             if self.arguments.get("use_safetensors") is not False:
                 raise weight_files.pickle_refused(self.source, explicit)
@@ -83,7 +123,7 @@ class Loading:
         name = weight_files.find_safetensors(self.source, self.config)
         if name is not None:
             if name.endswith(".index.json"):
-                weight_files.read_weight_map(self.source, name)  # refuses what transformers would trip over
+                weight_files.read_weight_map(self.source, name, needs_metadata=True)
             arguments["transformers_explicit_filename"] = name
             return None
         pickles = weight_files.find_pickles(self.source, self.config)
@@ -109,7 +149,7 @@ class Loading:
         transformers loads a checkpoint without quantization parameters, or with a ``quant_method`` it does
         not know, as if it were not quantized: random weights, and a warning.
         """
-        if not files or self.source is None or self.method in _known_methods():
+        if not files or self.source is None or (self.method and not self._is_misread()):
             return
         if metadata and "weight_map" in metadata:
             names: Sequence[str] = list(metadata["weight_map"])
@@ -118,13 +158,22 @@ class Loading:
         else:
             return
         packed = next((name for name in names if name.endswith((".qweight", ".qzeros"))), None)
-        if packed is not None:
-            why = f"quant_method is {self.method!r}" if self.method else f"there is no {QUANTIZE_CONFIG}"
-            raise CheckpointError(
-                f"packed weights, but {why}, so nothing says how to unpack them",
-                file=self.source.describe("config.json"),
-                module=packed,
-            )
+        if packed is None:
+            return
+        if self._is_registered():
+            self._refuse_packed(CheckpointIndex.open(files))
+            return
+        why = f"quant_method is {brief(self.method)}" if self.method else f"there is no {QUANTIZE_CONFIG}"
+        raise CheckpointError(
+            f"packed weights, but {why}, so nothing says how to unpack them",
+            file=self.source.describe(CONFIG),
+            module=packed,
+        )
+
+    def _is_registered(self) -> bool:
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+        return self.method in AUTO_QUANTIZER_MAPPING
 
 
 def remember_source(original: Any) -> Any:
@@ -185,15 +234,13 @@ def current() -> Loading | None:
     return _current.get()
 
 
-def _declared(config: Any) -> dict[str, Any] | None:
+def _declared(config: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """The part of a model's configuration that has quantization parameters, or would have them, and these."""
     for holder in (config, config.get_text_config(decoder=True)):
         raw = getattr(holder, "quantization_config", None)
         if raw is not None:
-            return raw if isinstance(raw, dict) else raw.to_dict()
-    return None
-
-
-def _known_methods() -> set[str]:
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    return set(AUTO_QUANTIZER_MAPPING)
+            raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
+            if not isinstance(raw, Mapping):
+                raise CheckpointError(f"quantization_config is a {type(raw).__name__}, not an object", file=CONFIG)
+            return holder, raw
+    return config, None

@@ -14,12 +14,17 @@ from transformers.pytorch_utils import Conv1D
 from graftq.adapters.transformers.joining import join_model_siblings
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, torch_dtypes
+from graftq.plugin.checkpoint.padding import is_padded
 from graftq.plugin.checkpoint.validation import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.spec import QuantSpec
+
+
+FLOATS = ("F16", "BF16", "F32", "F64", "torch.float64")
+"""Dtypes of plain weights, as :class:`TensorInfo` names them."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,24 @@ def features(layer: Any) -> tuple[int, int, bool]:
     return k, n, getattr(layer, "bias", None) is not None
 
 
-def check_all_values(projections: dict[str, PlacedProjection], index: CheckpointIndex, config: QuantConfig) -> None:
+def check_all_values(
+    projections: dict[str, PlacedProjection], index: CheckpointIndex, config: QuantConfig, dtype: torch.dtype
+) -> None:
     """Read the small tensors of all projections, check them, and complete the specs by what they say.
+
+    Args:
+        projections: By target; gets the completed specs.
+        index: The files.
+        config: The parameters.
+        dtype: The model's.
 
     Raises:
         CheckpointError: naming file, module and reason.
     """
-    for target, values in index.read_small({target: one.infos for target, one in projections.items()}):
+    padded = {target for target, one in projections.items() if is_padded(one.spec)}
+    for target, values in index.read_small({target: one.infos for target, one in projections.items()}, padded):
         one = projections[target]
-        spec = check_values(one.stored, one.infos, one.spec, config.for_module(one.stored), values)
+        spec = check_values(one.stored, one.infos, one.spec, config.for_module(one.stored), values, dtype)
         projections[target] = replace(one, spec=spec)
 
 
@@ -97,6 +111,42 @@ def refuse_holes(model: Any, missing: Iterable[str], index: CheckpointIndex, unp
             file = next(iter(index.tensors.values())).file if index.tensors else None
             lost = f"; packed tensors without a place: {', '.join(unplaced[:3])}" if unplaced else ""
             raise CheckpointError(f"no tensor in the checkpoint for this weight{lost}", file=file, module=name)
+
+
+def refuse_unplaced(model: Any, unplaced: Iterable[str], index: CheckpointIndex) -> None:
+    """Raise where packed layers of the files would be dropped without the model's own word for it.
+
+    A model names what it ignores (layers for multi-token prediction, as a rule). One that is loaded as another class
+    than the one it was saved by may lack a head, but no part of the base model.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    prefix = f"{model.base_model_prefix}."
+    parts = {name for name, _ in model.base_model.named_children()}
+    for stored in unplaced:
+        if any(re.search(pattern, f"{stored}.qweight") for pattern in ignored):
+            continue
+        if is_whole or stored.removeprefix(prefix).partition(".")[0] in parts:
+            file = next(info.file for name, info in index.tensors.items() if name.startswith(f"{stored}."))
+            raise CheckpointError("packed, but the model has no place for it", file=file, module=stored)
+
+
+def refuse_unread(info: TensorInfo, parameter: torch.Tensor) -> None:
+    """Raise for a plain weight in a dtype that means nothing without a scale, or none at all.
+
+    transformers would cast 8-bit floats and leave the scales beside them where they are.
+
+    Raises:
+        CheckpointError: naming the tensor and its dtype.
+    """
+    if not parameter.is_floating_point() or info.dtype in FLOATS:
+        return
+    if info.dtype.startswith(("F", "torch.float")):
+        raise CheckpointError(f"dtype {info.dtype}, which nothing here reads", file=info.file, module=info.name)
+    raise CheckpointError(f"dtype {info.dtype} for a weight of floats", file=info.file, module=info.name)
 
 
 def _essential_prefixes(model: Any) -> tuple[str, ...]:

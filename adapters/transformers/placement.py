@@ -60,9 +60,7 @@ class Placement:
         return found
 
 
-def place_projections(
-    model: nn.Module, index: CheckpointIndex, config: QuantConfig, conversions: Iterable[Any]
-) -> Placement:
+def place_projections(model: Any, index: CheckpointIndex, config: QuantConfig, conversions: Iterable[Any]) -> Placement:
     """Place every quantized projection, and check all of its tensors but ``qweight``'s values.
 
     Raises:
@@ -86,7 +84,7 @@ def place_projections(
         plan.projections[target] = PlacedProjection(stored, infos, spec, container)
     plan.renamings = finder.renamings
     _check_experts(model, plan)
-    check_all_values(plan.projections, index, config)
+    check_all_values(plan.projections, index, config, model.config.dtype)
     return plan
 
 

@@ -12,7 +12,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from graftq.adapters.transformers import loading, tensor_parallel
 from graftq.adapters.transformers.dequantizing import dequantize_model
-from graftq.adapters.transformers.packed_layers import PlacedProjection, bind, packed_modules, refuse_holes
+from graftq.adapters.transformers.packed_layers import (
+    PlacedProjection,
+    bind,
+    packed_modules,
+    refuse_holes,
+    refuse_unplaced,
+    refuse_unread,
+)
 from graftq.adapters.transformers.placement import Placement, place_projections
 from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state
@@ -102,6 +109,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         targets = {source: entry.target_patterns for entry in converters for source in entry.source_patterns}
         found: set[str] = set()
+        packed = {info.name for infos in self._index.projections().values() for info in infos.values()}
         for name in self._index.tensors:
             renamed, source = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
             if renamed not in expected and name in expected:
@@ -110,9 +118,13 @@ class GptqHfQuantizer(DeferringQuantizer):
                 self._check_like(name, expected[renamed])
                 self._origin.names[name] = renamed
             patterns = targets.get(source, [""]) if source else [""]
-            found.update(renamed.replace(patterns[0], pattern) for pattern in patterns)
+            becomes = [renamed.replace(patterns[0], pattern) for pattern in patterns]
+            if source is not None and name not in packed and becomes[0] in expected:
+                refuse_unread(self._index.tensors[name], expected[becomes[0]])
+            found.update(becomes)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
         refuse_holes(model, sorted(missing), self._index, self._plan.unplaced)
+        refuse_unplaced(model, self._plan.unplaced, self._index)
         return missing
 
     def _check_like(self, name: str, parameter: torch.Tensor) -> None:
@@ -121,8 +133,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         if info.shape != tuple(parameter.shape) and not self._ignore_mismatched_sizes:
             reason = f"shape {list(info.shape)}, but the model's weight has {list(parameter.shape)}"
             raise CheckpointError(reason, file=info.file, module=name)
-        if parameter.is_floating_point() and not info.dtype.startswith(("F", "BF")):
-            raise CheckpointError(f"dtype {info.dtype} for a weight of floats", file=info.file, module=name)
+        refuse_unread(info, parameter)
 
     def _spare_initialization(self, missing: set[str]) -> None:
         """Keep ``_init_weights`` away from modules that hold packed layers.

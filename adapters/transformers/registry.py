@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import GPTQConfig as StockConfig
 
+from graftq.adapters.transformers.loading import current
 from graftq.plugin.patching import replace_item
 from graftq.quant_linear.spec import QuantSpec
 
@@ -47,6 +48,19 @@ class GPTQConfig(StockConfig):
         self._read = {"bits": bits, **kwargs}
         super().__init__(bits, **{key: value for key, value in kwargs.items() if value is not None})
         self.dynamic = kwargs.get("dynamic")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the parameters of a checkpoint; what it was quantized with is kept, and means nothing for loading."""
+        here = current()
+        if here is None or here.config is None:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        without_meaning = ("dataset", "tokenizer", "self")  # `self` is a name that no parameter can have
+        known = {key: value for key, value in config_dict.items() if key not in without_meaning}
+        made: Any = super().from_dict(known, return_unused_kwargs, **kwargs)
+        config = made[0] if return_unused_kwargs else made
+        config._read = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters that were read, all of them and no others, unless this is to quantize."""

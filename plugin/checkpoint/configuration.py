@@ -94,7 +94,9 @@ class QuantConfig:
             CheckpointError: if the formats differ: where zero points vary, no tensor shows which is right.
         """
         if self.format != other.format:
-            reason = f"checkpoint_format is {self.format!r}, but {other.format!r} in {other.source} (without one, 'gptq')"
+            reason = (
+                f"checkpoint_format is {self.format!r}, but {other.format!r} in {other.source} (without one, 'gptq')"
+            )
             raise CheckpointError(reason, file=self.source)
         names = tuple(dict.fromkeys((*other.weight_names, *self.weight_names)))  # AutoGPTQ names files in its own
         return replace(self, beside=other, weight_names=names)

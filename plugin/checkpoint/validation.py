@@ -129,6 +129,14 @@ def spec_from_headers(
     return spec
 
 
+def is_gptq(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether packed tensors are laid out as GPTQ's: one column of ``qweight`` for each of ``scales``."""
+    info, scales = tensors.get("qweight"), tensors.get("scales")
+    if info is None or scales is None or info.dtype != "I32" or not len(info.shape) == len(scales.shape) == 2:
+        return False
+    return info.shape[1] == scales.shape[1]
+
+
 def check_values(
     module: str,
     infos: Mapping[str, TensorInfo],

@@ -48,8 +48,8 @@ def pickle_refused(source: Source, name: str) -> CheckpointError:
     )
 
 
-def read_weight_map(source: Source, index: str) -> dict[str, str]:
-    """Tensor name to file name, from an index of shards.
+def read_weight_map(source: Source, index: str, needs_metadata: bool = False) -> dict[str, str]:
+    """Tensor name to file name, from an index of shards; some readers want its metadata, too.
 
     Raises:
         CheckpointError: if the index is malformed, names a file outside, or one that is absent.
@@ -59,6 +59,8 @@ def read_weight_map(source: Source, index: str) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError("no weight_map in the index", file=source.describe(index))
+    if needs_metadata and not isinstance(content.get("metadata"), dict):
+        raise CheckpointError("no metadata in the index", file=source.describe(index))
     for shard in sorted(set(weight_map.values())):
         check_file_name(shard, source.describe(index))
         if source.is_local and source.fetch(shard) is None:

@@ -16,6 +16,8 @@ from graftq.adapters.transformers.packed_layers import (
     features,
     idle_biases,
     refuse_holes,
+    refuse_unplaced,
+    refuse_unread,
 )
 from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.v4.experts import fuse_experts
@@ -49,7 +51,7 @@ class GptqHfQuantizer(DeferringQuantizer):
             raise CheckpointError("a GPTQ model is loaded from files; from_pretrained(state_dict=...) is not supported")
         self._index = current.index
         self._place(model, current.config, current.arguments.get("key_mapping"))
-        check_all_values(self._plan, self._index, current.config)
+        check_all_values(self._plan, self._index, current.config, model.dtype)
         for target, one in self._plan.items():
             model.set_submodule(target, one.empty(model.dtype))
         idle = idle_biases(self._plan, model.base_model_prefix)
@@ -64,6 +66,10 @@ class GptqHfQuantizer(DeferringQuantizer):
             names, key_mapping, stored_base and not model_base, model_base and not stored_base
         )
         modules = dict(model.named_modules())
+        parameters = dict(model.named_parameters())
+        for name in names:
+            if (target := renamed.get(name, name)) in parameters:
+                refuse_unread(self._index.tensors[name], parameters[target])
         for stored, infos in self._index.projections().items():
             first = next(iter(infos))
             target = renamed.get(f"{stored}.{first}", "").removesuffix(f".{first}")
@@ -81,6 +87,7 @@ class GptqHfQuantizer(DeferringQuantizer):
             CheckpointError: naming the weight.
         """
         refuse_holes(model, missing_keys, self._index, self._unplaced)
+        refuse_unplaced(model, self._unplaced, self._index)
         return missing_keys
 
     def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str | None = None) -> list[str]:
