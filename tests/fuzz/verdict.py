@@ -25,7 +25,7 @@ from graftq.plugin.cli.main import main
 from graftq.quant_linear.errors import CheckpointError
 
 INTERNAL = re.compile(
-    r"NoneType|unhashable|subscriptable|not iterable|has no attribute|indices must be|unsupported operand|"
+    r"'NoneType'|unhashable|subscriptable|not iterable|has no attribute|indices must be|unsupported operand|"
     r"invalid literal|not supported between|positional argument|values to unpack|must be str|(^|: )'\w+'$"
 )
 """Reasons that are Python's and say nothing to a user."""
