@@ -121,7 +121,7 @@ def excluded(checkpoint: Checkpoint, generator: random.Random) -> None:
 @mutation("dynamic")
 def many_rules(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
-    _rules(checkpoint, {f"x{number}.*y": {"bits": 4} for number in range(2000)})
+    _rules(checkpoint, {f"x{number}.*y": {"bits": 4} for number in range(500)})
 
 
 @mutation("dynamic", bits=4)
