@@ -255,9 +255,3 @@ def order_against_g_idx(checkpoint: Checkpoint, generator: random.Random) -> Non
 def method_of_one_file(checkpoint: Checkpoint, generator: random.Random) -> None:
     checkpoint.accept = "base"
     generator.choice(checkpoint.parameters())["quant_method"] = generator.choice([*METHODS, None, "", 0, False])
-
-
-@mutation("contradictions")
-def also_in_the_text_config(checkpoint: Checkpoint, generator: random.Random) -> None:
-    checkpoint.accept = "base"
-    checkpoint.config["text_config"] = {"quantization_config": generator.choice([{"bits": 8}, None, [], "gptq"])}
