@@ -1,0 +1,1 @@
+"""What is done to checkpoints, one module for each part of them."""
