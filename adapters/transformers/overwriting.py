@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from graftq.plugin.checkpoint.configuration import QuantConfig, read_declared
+from graftq.plugin.checkpoint.configuration import QuantConfig, read_written
 from graftq.plugin.checkpoint.source import Source
 from graftq.plugin.checkpoint.weight_files import SAFE_ENDINGS
 
@@ -75,8 +75,9 @@ def _take_over(staged: Path, folder: Path) -> None:
 def _stems(folder: Path) -> tuple[str, ...]:
     """What the checkpoint in ``folder`` may call its weights; a damaged one can be saved over."""
     try:
-        declared = read_declared(Source(str(folder)))
-        return QuantConfig.from_dict(*declared).weight_names if declared else ()
+        source = Source(str(folder))
+        written = read_written(source)
+        return QuantConfig.from_files(written, source).weight_names if written else ()
     except ValueError:
         return ()
 
