@@ -122,7 +122,8 @@ def refuse_unplaced(model: Any, unplaced: Iterable[str], index: CheckpointIndex)
         CheckpointError: naming the layer.
     """
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    architectures = getattr(model.config, "architectures", None)
+    is_whole = isinstance(architectures, (list, tuple)) and type(model).__name__ in architectures
     prefix = f"{model.base_model_prefix}."
     parts = {name for name, _ in model.base_model.named_children()}
     for stored in unplaced:

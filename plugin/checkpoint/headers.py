@@ -272,6 +272,11 @@ def _read_pickle_header(file: str) -> Iterator[TensorInfo]:
         yield TensorInfo(name, file, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), tensor.nbytes)
 
 
+def _kind(value: object) -> str:
+    layout = str(getattr(value, "layout", "torch.strided")).removeprefix("torch.")
+    return type(value).__name__ if layout == "strided" else f"{layout} {type(value).__name__}"
+
+
 def _load_pickle(file: str) -> dict[str, torch.Tensor]:
     import torch
 
@@ -283,7 +288,7 @@ def _load_pickle(file: str) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"holds a {type(state).__name__}, not a flat dict of tensors", file=file)
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            reason = f"holds a {type(value).__name__} under {brief(name)}, not a flat dict of tensors"
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            reason = f"holds a {_kind(value)} under {brief(name)}, not a flat dict of tensors"
             raise CheckpointError(reason, file=file)
     return state

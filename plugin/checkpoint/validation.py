@@ -88,7 +88,7 @@ def spec_from_headers(
     k = in_features
     if k is None:
         k = g_idx.shape[0] if g_idx is not None else rows * 32 // (declared.bits or 4)
-    if foreign := _foreign_packing(rows, padded_out, k, n):
+    if foreign := _foreign_packing(rows, padded_out, k, n, tensors["scales"].shape[1]):
         raise fail(f"qweight is packed as {foreign} packs it, not GPTQ")
     bits, padded = _fit_bits(rows, k, declared, fail)
     padded_in = g_idx.shape[0] if g_idx is not None and g_idx.shape[0] in padded else padded[0]
@@ -211,11 +211,14 @@ def _check_dtypes(module: str, tensors: Mapping[str, TensorInfo]) -> None:
             raise CheckpointError(f"shape {list(info.shape)} is not GPTQ's", file=info.file, module=info.name)
 
 
-def _foreign_packing(rows: int, columns: int, k: int, n: int) -> str | None:
-    """Name the other formats that store an int32 ``qweight``, by their shapes for 4 and 8 bits."""
+def _foreign_packing(rows: int, columns: int, k: int, n: int, scale_columns: int) -> str | None:
+    """Name the other formats that store an int32 ``qweight``, by their shapes for 4 and 8 bits.
+
+    GPTQ's 2 bits, padded to twice the outputs, look like Marlin's 4 but for the scales, which are padded, too.
+    """
     if rows == k and columns * 8 == n:
         return "AWQ"
-    if rows * 16 == k and columns in (2 * n, 4 * n):
+    if rows * 16 == k and columns in (2 * n, 4 * n) and scale_columns != columns:
         return "Marlin"
     return None
 

@@ -102,8 +102,8 @@ def tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, to
 
 
 def _nibble_tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    blocks, _, half_block = w.codes.shape
-    rows, units, block = w.rows, len(w.groups), 2 * half_block
+    rows, units, block = w.rows, len(w.groups), 2 * w.codes.shape[-1]
+    blocks = -(-n // block)  # whole blocks may lie beyond: outputs that the writer padded
     step = min(blocks, max(1, TILE_BYTES // (dtype.itemsize * block * rows)))
     # Nibbles become bytes of 16 times their distance from the middle code.
     scales, offsets = _scales_and_offsets(w, n, 1.0 if w.halves == 2 else 1 / 16, dtype)

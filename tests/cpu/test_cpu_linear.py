@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.projections import Shape, expected, make, relative_error
@@ -13,6 +15,7 @@ from graftq.quant_linear.cpu.provider import CpuProvider
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
+from graftq.quant_linear.reference import TorchProvider
 from graftq.quant_linear.selection import Accepted, Rejected, Request
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 8e-3, torch.bfloat16: 8e-3}
@@ -161,3 +164,17 @@ def test_the_kernels_are_found() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     assert cpu_kernels.int4_block() == {"AVX512": 64, "AVX2": 32}.get(capability)
     assert cpu_kernels.has_int8_kernel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("outputs", "stored"), [(64, 128), (320, 384), (288, 384)], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_outputs_that_the_writer_padded_are_cut(bits: int, outputs: int, stored: int, dtype: torch.dtype) -> None:
+    shape = Shape(bits=bits, k=64, n=stored, group=32)
+    spec, tensors = replace(shape.spec(), out_features=outputs), make(shape)
+    for tokens in (1, 40):
+        x = torch.randn(tokens, 64).to(dtype)
+        found = CpuProvider().linear(x, CpuProvider().layout(spec).pack(tensors), spec).float()
+        expected = TorchProvider().linear(x.float(), TorchProvider().layout(spec).pack(tensors), spec)
+        assert found.shape == (tokens, outputs)
+        assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
