@@ -109,7 +109,7 @@ def _nibble_tiles(w: CpuWeights, n: int, dtype: torch.dtype) -> Iterator[tuple[s
     scales, offsets = _scales_and_offsets(w, n, 1.0 if w.halves == 2 else 1 / 16, dtype)
     scales = _by_block(scales, block)
     offsets = None if offsets is None else _by_block(offsets, block)
-    signed, low = w.codes.new_empty(2, step, rows, half_block, dtype=torch.int8)
+    signed, low = w.codes.new_empty(2, step, rows, block // 2, dtype=torch.int8)
     both = low.new_empty(step, rows, block)
     space = low.new_empty(step, rows, block, dtype=scales.dtype)
     for first in range(0, blocks, step):
