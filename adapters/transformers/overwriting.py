@@ -17,8 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from graftq.plugin.checkpoint.configuration import QuantConfig, read_written
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
 from graftq.plugin.checkpoint.weight_files import SAFE_ENDINGS
+from graftq.quant_linear.errors import CheckpointError
 
 INDEX_ENDING = SAFE_ENDINGS[1]
 
@@ -45,7 +47,7 @@ def _take_over(staged: Path, folder: Path) -> None:
     entry = next((name for name in entries if name in written), None)
     old_shards = present & _shards_of(folder, [name for name in entries if name in present], stems, present)
 
-    index = _read_index(staged / entry) if entry and entry.endswith(INDEX_ENDING) else {}
+    index = read_object(staged / entry, str(staged / entry)) if entry and entry.endswith(INDEX_ENDING) else {}
     shards = set(index.get("weight_map", {}).values())
     interim = {shard: _interim(shard, entry or "", staged) for shard in shards & present}
     for shard in shards:
@@ -88,18 +90,17 @@ def _shards_of(folder: Path, entries: list[str], stems: tuple[str, ...], present
     found = {name for name in present if re.fullmatch(pattern, name)}
     for name in entries:
         if name.endswith(INDEX_ENDING):
-            weight_map = _read_index(folder / name).get("weight_map")
+            weight_map = _read_old_index(folder / name).get("weight_map")
             named = weight_map.values() if isinstance(weight_map, dict) else ()
             found |= {shard for shard in named if isinstance(shard, str) and shard.endswith(SAFE_ENDINGS[0])}
     return found
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_old_index(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # damaged, and about to be removed
+        return read_object(path, str(path))
+    except CheckpointError:  # damaged, and about to be removed
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write_index(path: Path, index: Mapping[str, Any], names: Mapping[str, str]) -> None:

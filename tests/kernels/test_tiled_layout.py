@@ -9,8 +9,9 @@ import pytest
 import torch
 from support.projections import Shape, make
 
-from graftq.quant_linear.gpu.tiled_layout import NO_ROW, TiledLayout
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.row_order import NO_ROW
 
 
 def assert_same(restored: GptqTensors, stored: GptqTensors) -> None:

@@ -81,7 +81,7 @@ def _uniform(spec: ExpertsSpec) -> Rejected | None:
 
 
 Arguments = tuple[torch.Tensor | None, ...]
-"""An ``experts_launches.Stack``'s."""
+"""The tensors of a ``launches.Stack``, in its order."""
 
 
 # Written out once: a layer's call looks fourteen names up, in a model's every layer and step.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.tiled_layout import NO_ROW, PADDED_N, RowOrder
+from graftq.quant_linear.gpu.tiled_layout import PADDED_N
+from graftq.quant_linear.row_order import NO_ROW, RowOrder
 
 HALF_FRAGMENT = 8
 """In the fused form, this many rows of gate alternate with as many of up."""
