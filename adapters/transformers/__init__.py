@@ -14,7 +14,7 @@ from graftq.plugin.hookspecs import hookimpl
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The registry of quantizers, and the module that resolves files and calls the quantizer."""
+    """The registry of quantizers, the module that resolves files and calls the quantizer, and that of ``generate``."""
     from importlib.util import find_spec
 
     if root != "transformers" or find_spec(root) is None:
@@ -25,6 +25,7 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
     return {
         "transformers.quantizers.auto": _patch_quantizers,
         "transformers.modeling_utils": _patch_modeling,
+        "transformers.generation.utils": _patch_generation,
     }
 
 
@@ -40,6 +41,13 @@ def _patch_quantizers(module: ModuleType) -> None:
 
 def _patch_modeling(module: ModuleType) -> None:
     _patches().patch_modeling(module)
+
+
+def _patch_generation(module: ModuleType) -> None:
+    if hasattr(module, "DeferredStopCheck"):  # from 5.17 on
+        from graftq.adapters.transformers.generation import patch_generation
+
+        patch_generation(module)
 
 
 def _patches() -> ModuleType:

@@ -1,0 +1,88 @@
+"""``generate`` with a packed model on a GPU: the host goes on to the next step before it knows whether to stop.
+
+transformers has this as ``DeferredStopCheck`` (from 5.17 on), and lets it work on "mps" alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from graftq.plugin.patching import replace_attribute
+
+DEVICES = {"cuda"}
+"""Types of device that run ahead of the host, beside those that transformers names itself."""
+
+_is_packed: ContextVar[bool] = ContextVar("graftq_generates", default=False)
+"""Whether the model that generates in this context is packed."""
+
+
+def patch_generation(module: ModuleType) -> None:
+    """Let packed models on a GPU defer the check whether to stop, in ``transformers.generation.utils``."""
+    replace_attribute(module.GenerationMixin, "_sample", _tell_packed)
+    replace_attribute(module, "DeferredStopCheck", _for_packed)
+
+
+def _tell_packed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from graftq.adapters.transformers.quantizer import GptqHfQuantizer  # which needs more than is imported yet
+
+        token = _is_packed.set(isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _is_packed.reset(token)
+
+    return _sample
+
+
+def _for_packed(stock: Any) -> Any:
+    class DeferredStopCheck(stock):
+        """The stock class, which packed models use on :data:`DEVICES` too.
+
+        The step that is undone after the last token has drawn a random number; that is undone as well, so that what is
+        sampled next with this seed is what it would have been.
+        """
+
+        def __init__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any):
+            super().__init__(input_ids, *args, **kwargs)
+            device = input_ids.device
+            self._generator = _default_generator(device) if _is_deferred(device) else None
+            self._states: deque[torch.Tensor] = deque(maxlen=2)
+
+        @staticmethod
+        def is_supported(device: torch.device, *args: Any, **kwargs: Any) -> bool:
+            # Upstream: never on other devices than mps, for an assistant, or with a cache that is returned and that
+            # cannot be cropped. All but the first stays.
+            return bool(stock.is_supported(torch.device("mps") if _is_deferred(device) else device, *args, **kwargs))
+
+        def __call__(self, *args: Any, **kwargs: Any) -> bool:
+            if self._generator is not None:
+                self._states.append(self._generator.get_state())
+            return bool(super().__call__(*args, **kwargs))
+
+        def finish(self) -> int:
+            undone = int(super().finish())
+            if undone and self._generator is not None:
+                self._generator.set_state(self._states[0])
+            return undone
+
+    return DeferredStopCheck
+
+
+def _is_deferred(device: torch.device) -> bool:
+    return device.type in DEVICES and _is_packed.get()
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
