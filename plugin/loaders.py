@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 
@@ -50,7 +50,8 @@ def is_lazy(module: object) -> bool:
 
 def being_imported() -> set[str]:
     """Names of the modules that this thread is executing now, one importing the other."""
-    names, frame = set(), sys._getframe()
+    names: set[str] = set()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "<module>":
             names.add(frame.f_globals.get("__name__", ""))
