@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
+from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.base_config import BaseConfig
 from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 """By the value of vLLM's ``MoEActivation``, less ``_no_mul``, which stands for an expert without a gate."""
 
 
-class GraftqMoEMethod(FusedMoEMethodBase):
+class GraftqMoEMethod(stock.FusedMoEMethodBase):
     """What vLLM calls for the quantized experts of one layer.
 
     Args:
@@ -196,9 +196,7 @@ def _activation(layer: Any) -> Activation:
 
 
 def _run_by_name(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, layer_name: str) -> torch.Tensor:
-    from vllm.forward_context import get_forward_context
-
-    runner = get_forward_context().no_compile_layers[layer_name]
+    runner = stock.get_forward_context().no_compile_layers[layer_name]
     return runner.routed_experts.graftq(x, topk_ids, topk_weights)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearMethodBase
 
+from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.base_config import BaseConfig
 from graftq.adapters.vllm.projection_loader import Cut, ProjectionLoader, inputs, outputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
@@ -42,7 +42,7 @@ class Partition:
     stop: int
 
 
-class GraftqLinearMethod(LinearMethodBase):
+class GraftqLinearMethod(stock.LinearMethodBase):
     """What vLLM calls for one quantized linear layer.
 
     Args:
