@@ -16,7 +16,10 @@ METHOD = "graftq"
 """The name of our quantization method, as in ``quantization="graftq"``."""
 
 
-class BaseConfig(stock.QuantizationConfig):
+_QuantizationConfig: Any = stock.QuantizationConfig
+
+
+class BaseConfig(_QuantizationConfig):
     """The part of graftq's configuration that knows the checkpoint, and no layer.
 
     Attributes:

@@ -32,7 +32,10 @@ ACTIVATIONS = {
 """By the value of vLLM's ``MoEActivation``, less ``_no_mul``, which stands for an expert without a gate."""
 
 
-class GraftqMoEMethod(stock.FusedMoEMethodBase):
+_FusedMoEMethodBase: Any = stock.FusedMoEMethodBase
+
+
+class GraftqMoEMethod(_FusedMoEMethodBase):
     """What vLLM calls for the quantized experts of one layer.
 
     Args:

@@ -42,7 +42,10 @@ class Partition:
     stop: int
 
 
-class GraftqLinearMethod(stock.LinearMethodBase):
+_LinearMethodBase: Any = stock.LinearMethodBase
+
+
+class GraftqLinearMethod(_LinearMethodBase):
     """What vLLM calls for one quantized linear layer.
 
     Args:
