@@ -125,6 +125,6 @@ def check_own(module: nn.Module, kernel: str) -> None:
     if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
         raise RuntimeError(
             f"{type(module).__name__}({module.extra_repr()}) was offloaded in the layout of another kernel, and "
-            f"{kernel!r} cannot rearrange what is only lent for a call; let from_pretrained(..., device_map=...) offload "
+            f"{kernel!r} cannot rearrange what is only lent for a call; let from_pretrained(device_map=...) offload "
             "the model, or call it where and in the dtype in which it was loaded"
         )
