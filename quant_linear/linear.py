@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed, check_own
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
@@ -105,6 +105,7 @@ class QuantLinear(nn.Module):
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
+            check_own(self, provider.name)
             packed = layout.pack(self.release())
             self.hold(packed)
             self.layout, self.form = layout, packed.form

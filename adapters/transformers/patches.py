@@ -42,7 +42,7 @@ def _read_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         loading = current()
         if loading is not None and kwargs.get("gguf_file") is None:
-            loading.read_configuration(config)
+            quantization_config = loading.read_configuration(config, quantization_config)
         return original(config, quantization_config, *args, **kwargs)
 
     return get_hf_quantizer
