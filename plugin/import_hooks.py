@@ -20,7 +20,7 @@ from typing import Any
 
 from graftq.plugin import failures, patching, switches
 from graftq.plugin.failures import CONTAINED
-from graftq.plugin.loaders import PatchingLoader, attributes, is_lazy
+from graftq.plugin.loaders import PatchingLoader, attributes, being_imported, is_lazy
 
 logger = logging.getLogger("graftq")
 
@@ -48,7 +48,6 @@ class Finder:
         self.taken: dict[str, list[str]] = {}
         self._patched: dict[str, Callable[[], object]] = {}  # weak references, so that a purged module can go
         self._failed: set[str] = set()
-        self._specs: dict[str, object] = {}
         self._claimed: set[str] = set()
         self._opened: set[str] = set()
         self._announced: set[str] = set()
@@ -194,21 +193,25 @@ class Finder:
                 self.announce(root)
 
     def _renew_adapters(self, name: str, module: ModuleType) -> None:
-        """Have our adapters' modules imported anew after the framework was: they refer to its classes.
+        """Forget those of our adapters' modules that patches cannot use, so that they are imported anew.
 
-        A framework that was imported anew is known by its spec, since some put another module into ``sys.modules``
-        while they are being imported.
+        They refer to the framework's classes, which are others once it was imported anew: none of the modules that
+        were patched is there any more. (The top-level module tells nothing: transformers puts another one in its place
+        when its processors are imported.) And some are half done, if their own import is what came to this module.
         """
         root = _root(name)
-        spec = attributes(sys.modules.get(root)).get("__spec__")
-        if spec is self._specs.setdefault(root, spec) or self._is_patched(name, module):
-            return
-        self._specs[root] = spec
+        patched = [other for other in self._patched if _root(other) == root]
+        now = {**sys.modules, name: module}
+        is_new = not any(self._is_patched(other, now[other]) for other in patched if other in now)
+        for other in patched if is_new else ():
+            del self._patched[other]
+        half_done = being_imported()
         patches = [patch for other, found in self.patches.items() if _root(other) == root for patch in found]
         for adapter in {_origin(patch) for patch in patches if _origin(patch).startswith("graftq.adapters.")}:
-            for stale in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
-                del sys.modules[stale]
-                vars(sys.modules[adapter]).pop(stale.removeprefix(f"{adapter}."), None)
+            for other in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
+                if (patched and is_new) or other in half_done:
+                    del sys.modules[other]
+                    vars(sys.modules[adapter]).pop(other.removeprefix(f"{adapter}."), None)
 
     def _patch(self, name: str, module: ModuleType, patch: Patch) -> bool:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 
@@ -46,3 +46,14 @@ def attributes(module: object) -> dict[str, Any]:
 def is_lazy(module: object) -> bool:
     """Whether this is a module of :class:`importlib.util.LazyLoader` that has not been loaded yet."""
     return type(module) is getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
+
+
+def being_imported() -> set[str]:
+    """Names of the modules that this thread is executing now, one importing the other."""
+    names: set[str] = set()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            names.add(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    return names

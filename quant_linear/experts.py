@@ -12,7 +12,7 @@ from torch import nn
 
 from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
-from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout
+from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout, check_own
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 
@@ -154,6 +154,7 @@ class QuantExperts(nn.Module):
         selection = self._choose(Request(self.spec, device, dtype, pinned=self.pinned, separate=self.separate))
         layout = selection.experts.layout(self.spec)
         if layout != self.layout:
+            check_own(self, selection.provider.name)
             self._repack(layout)
         self._kernels, self.kernel = selection.experts, selection.provider.name
         self._bound_to = (device, dtype, self.separate)

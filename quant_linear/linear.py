@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed, check_own
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
@@ -22,6 +22,9 @@ class SharedProduct(Protocol):
 
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place`` among them, returns for ``x``."""
+
+    def spec_at(self, place: int) -> QuantSpec | None:
+        """What the call of the layer at ``place`` multiplies; None if another layer's call does it."""
 
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
@@ -102,6 +105,7 @@ class QuantLinear(nn.Module):
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
+            check_own(self, provider.name)
             packed = layout.pack(self.release())
             self.hold(packed)
             self.layout, self.form = layout, packed.form

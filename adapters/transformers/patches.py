@@ -1,4 +1,4 @@
-"""The seven places of transformers that graftq replaces, each by a thin function around the original."""
+"""What graftq replaces of transformers' loading and saving, each by a thin function around the original."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from graftq.adapters.transformers.attention import patch_attention
 from graftq.adapters.transformers.loading import Files, Loading, current, remember_source, resolve_by
 from graftq.adapters.transformers.overwriting import replacing
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
@@ -33,6 +34,7 @@ def patch_modeling(module: ModuleType) -> None:
     replace_attribute(module.PreTrainedModel, "from_pretrained", remember_source)
     replace_attribute(module, "get_hf_quantizer", _read_configuration)
     replace_attribute(module, "_get_resolved_checkpoint_files", resolve_by(_find_files))
+    patch_attention(module.AttentionInterface._global_mapping)
 
 
 def _read_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +42,7 @@ def _read_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         loading = current()
         if loading is not None and kwargs.get("gguf_file") is None:
-            loading.read_configuration(config)
+            quantization_config = loading.read_configuration(config, quantization_config)
         return original(config, quantization_config, *args, **kwargs)
 
     return get_hf_quantizer

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from graftq.adapters.transformers import loading, tensor_parallel
+from graftq.adapters.transformers.attention import mark_attention
 from graftq.adapters.transformers.dequantizing import dequantize_model
 from graftq.adapters.transformers.packed_layers import (
     PlacedProjection,
@@ -155,6 +156,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._restore_dtypes(model)
         self._is_distributed = tensor_parallel.shard(model)
         bind(model, model.config.dtype)
+        mark_attention(model)
         self._on_kernels = all(module.kernel not in (None, "torch") for module in packed_modules(model))
         self._remember_origin(model)
         self._model, self._plan, self._index = None, Placement(), CheckpointIndex({})

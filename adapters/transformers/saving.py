@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
+from graftq.adapters.transformers.offloaded import present
 from graftq.adapters.transformers.overwriting import replacing, write_json
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
@@ -104,11 +105,11 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
                 f"{name} is not where it was loaded, so nothing that loads the model would find it; "
                 "if an adapter surrounds it, save that, or unload() it first"
             )
-        packed = module.packed()
+        packed = present(model, name, module)
         for own in packed:
             del state[f"{name}.{own}"]
         if packed:
-            stored.update(_unpacked(name, module))
+            stored.update(_unpacked(name, module, packed))
     stored.update((name, torch.zeros_like(bias, device="cpu")) for name, bias in origin.idle_biases.items())
     for name, (tensors, spec) in origin.dequantized.items():
         if _equals(model, f"{name}.weight", dequantize(tensors, spec)):
@@ -122,13 +123,13 @@ def _is_in_place(name: str, origin: Origin) -> bool:
     return name in origin.plain or container in origin.plain
 
 
-def _unpacked(name: str, module: QuantLinear | QuantExperts) -> dict[str, torch.Tensor]:
+def _unpacked(name: str, module: QuantLinear | QuantExperts, packed: Packed) -> dict[str, torch.Tensor]:
     if isinstance(module, QuantLinear):
-        return _named(name, module.checkpoint_tensors())
+        return _named(name, module.layout.unpack(packed))
     found: dict[str, torch.Tensor] = {}
     for expert in range(module.num_experts):
         for own in module.spec.names:
-            found.update(_named(f"{name}.{expert}.{own}", module.checkpoint_tensors(own, expert)))
+            found.update(_named(f"{name}.{expert}.{own}", module.layout.unpack(packed, own, expert)))
     return found
 
 

@@ -37,11 +37,12 @@ def _register() -> None:
                 switches.DISABLE,
             )
         return
+    from graftq.adapters.vllm import stock
     from graftq.adapters.vllm.config import METHOD, GraftqConfig
 
-    if versions.has_method(METHOD):
+    if METHOD in stock.QUANTIZATION_METHODS:
         return
-    versions.register_method(METHOD, GraftqConfig)
+    stock.register_quantization_config(METHOD)(GraftqConfig)
     if first:
         logger.info(
             "graftq took over GPTQ loading in vllm %s (quantization=%r); %s=1 switches it off",

@@ -6,8 +6,7 @@ import hashlib
 from functools import cached_property
 from typing import Any
 
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-
+from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.stored_modules import StoredModules
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig
 from graftq.plugin.checkpoint.json_files import read_object
@@ -17,7 +16,10 @@ METHOD = "graftq"
 """The name of our quantization method, as in ``quantization="graftq"``."""
 
 
-class BaseConfig(QuantizationConfig):
+_QuantizationConfig: Any = stock.QuantizationConfig
+
+
+class BaseConfig(_QuantizationConfig):
     """The part of graftq's configuration that knows the checkpoint, and no layer.
 
     Attributes:
@@ -49,25 +51,27 @@ class BaseConfig(QuantizationConfig):
     @cached_property
     def stored(self) -> StoredModules:
         """What the checkpoint's files hold; looked at when the first layer is made."""
-        from vllm.config import get_current_vllm_config_or_none
-
         if self._where is None:
             raise RuntimeError("vLLM has not said which checkpoint this configuration belongs to")
         name, hub = self._where
-        current = get_current_vllm_config_or_none()
+        current = stock.get_current_vllm_config_or_none()
         if current is not None and current.load_config.download_dir:
             hub = {**hub, "cache_dir": current.load_config.download_dir}
         return StoredModules(Source(name, hub))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that this engine computes at a time; 0 where no engine is being made."""
+        current = stock.get_current_vllm_config_or_none()
+        return 0 if current is None else int(current.scheduler_config.max_num_batched_tokens or 0)
 
     def remember(self, chosen: str) -> None:
         """Make what a layer has become part of the key under which vLLM caches compiled models.
 
         A model may be the same to vLLM, and another to its compiler: with another kernel, or q, k and v apart.
         """
-        from vllm.config import get_current_vllm_config_or_none
-
         self._chosen.update(chosen.encode())
-        current = get_current_vllm_config_or_none()
+        current = stock.get_current_vllm_config_or_none()
         if current is not None and isinstance(current.additional_config, dict):
             current.additional_config[METHOD] = self._chosen.hexdigest()
 

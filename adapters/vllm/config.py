@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from graftq.adapters.vllm import versions
+from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.base_config import METHOD, BaseConfig
 from graftq.plugin import switches
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
@@ -73,29 +72,23 @@ class GraftqConfig(BaseConfig):
     @staticmethod
     def get_checkpoint_weight_mapper() -> Any:
         """Nothing to rename; the inherited one drops ``g_idx``."""
-        from vllm.model_executor.models.utils import WeightsMapper
+        return stock.WeightsMapper()
 
-        return WeightsMapper()
-
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """Decide by the files whether a layer is quantized, whatever the model thinks."""
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
         from graftq.adapters.vllm.fused_moe import GraftqMoEMethod
         from graftq.adapters.vllm.linear import GraftqLinearMethod
 
-        if isinstance(layer, RoutedExperts):
+        if isinstance(layer, stock.RoutedExperts):
             experts = self.stored.experts(prefix)
             return GraftqMoEMethod(self, layer.moe_config, experts) if experts else None
-        if not isinstance(layer, (LinearBase, ParallelLMHead)):
+        if not isinstance(layer, (stock.LinearBase, stock.ParallelLMHead)):
             return None
         fused = self.packed_modules_mapping.get(prefix.rpartition(".")[2], ())
-        names = self.stored.layer(prefix, fused)
-        if names:
-            return GraftqLinearMethod(self, prefix, names)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        projections = self.stored.layer(prefix, fused)
+        if projections:
+            return GraftqLinearMethod(self, prefix, projections)
+        return stock.UnquantizedLinearMethod() if isinstance(layer, stock.LinearBase) else None
 
 
 def _only_unsupported() -> bool:
@@ -112,7 +105,7 @@ def _stock_takes(raw: Mapping[str, Any]) -> bool:
     try:
         for rule in [{}, *overrides]:
             merged = {**raw, "dynamic": {}, **rule}
-            versions.stock_linear_method()(versions.stock_config().from_config(merged))
+            stock.AutoGPTQLinearMethod(stock.AutoGPTQConfig.from_config(merged))  # raises for what it does not take
     except Exception:  # whatever vLLM raises, it is a refusal
         return False
     return True

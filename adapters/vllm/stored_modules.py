@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from graftq.adapters.vllm import stock
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
 from graftq.plugin.checkpoint.source import Source
 from graftq.plugin.checkpoint.weight_files import NOT_WEIGHTS, SAFE_ENDINGS, read_weight_map
@@ -119,9 +120,9 @@ class StoredModules:
         if self.source.is_local:
             names = self.index.tensors.keys()
         else:  # the files may be yet to come
-            from vllm.transformers_utils.config import get_safetensors_params_metadata
-
-            names = get_safetensors_params_metadata(self.source.name, revision=self.source.hub.get("revision")).keys()
+            names = stock.get_safetensors_params_metadata(
+                self.source.name, revision=self.source.hub.get("revision")
+            ).keys()
         if not names:
             raise CheckpointError("no weight file whose header could be read", file=self.source.name)
         return frozenset(names)

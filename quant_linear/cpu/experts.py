@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 
@@ -50,6 +50,11 @@ class StackedLayout:
     """
 
     spec: ExpertsSpec
+    _stacks: dict[str, tuple[QuantSpec, list[str]]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # At once: what is computed while torch.compile follows a call may be nothing that it cannot follow, a lock say.
+        object.__setattr__(self, "_stacks", _stacks_of(self.spec))
 
     def pack(self, take: Callable[[str, int], GptqTensors]) -> Packed:
         """Repack, projection by projection, dropping each expert's tensors once they are done."""
@@ -96,18 +101,6 @@ class StackedLayout:
         spec, names = self._stacks[stack]
         return weights_of(packed, spec, names), spec.out_features
 
-    @cached_property
-    def _stacks(self) -> dict[str, tuple[QuantSpec, list[str]]]:
-        """What the experts of each stack have in common, and their tensors' names in the operator's order."""
-        specs = dict(self.spec.projections)
-        common = {name: replace(of[0], sym=all(spec.sym for spec in of)) for name, of in specs.items()}
-        if self.spec.names[:-1] == _GATE_UP:
-            gate, up = (common[name] for name in _GATE_UP)
-            outputs = gate.out_features + up.out_features
-            common[_JOINED] = replace(gate, sym=gate.sym and up.sym, out_features=outputs, padded_out=outputs)
-        tensors = CpuWeights._fields[:7]
-        return {name: (spec, [f"{PREFIX}{name}_{tensor}" for tensor in tensors]) for name, spec in common.items()}
-
     def _can_join(self, stored: Mapping[str, Sequence[GptqTensors]]) -> bool:
         """Whether these are gate and up, which one product can serve for each expert, and no padding is between."""
         if tuple(stored) != _GATE_UP:
@@ -122,6 +115,18 @@ class StackedLayout:
             and up.out_features % _WHOLE == 0
             for (gate, gate_tensors), (up, up_tensors) in zip(gates, ups, strict=True)
         )
+
+
+def _stacks_of(experts: ExpertsSpec) -> dict[str, tuple[QuantSpec, list[str]]]:
+    """What the experts of each stack have in common, and their tensors' names in the operator's order."""
+    specs = dict(experts.projections)
+    common = {name: replace(of[0], sym=all(spec.sym for spec in of)) for name, of in specs.items()}
+    if experts.names[:-1] == _GATE_UP:
+        gate, up = (common[name] for name in _GATE_UP)
+        outputs = gate.out_features + up.out_features
+        common[_JOINED] = replace(gate, sym=gate.sym and up.sym, out_features=outputs, padded_out=outputs)
+    tensors = CpuWeights._fields[:7]
+    return {name: (spec, [f"{PREFIX}{name}_{tensor}" for tensor in tensors]) for name, spec in common.items()}
 
 
 def _stack(layouts: Sequence[CpuLayout], parts: Sequence[list[GptqTensors]]) -> tuple[dict[str, torch.Tensor], int]:

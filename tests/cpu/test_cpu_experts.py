@@ -186,13 +186,17 @@ def test_gradient(inner: int) -> None:
         assert relative_error(mine, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("inner", [48, 64], ids=["apart", "joined"])
-def test_compiles_into_one_graph(inner: int) -> None:
+def test_compiles_into_one_graph_without_an_eager_call(inner: int, dynamic: bool) -> None:
+    torch._dynamo.reset()
     case = Experts(inner=inner, layer_bias=True)
     module = case.module(CpuProvider())
-    arguments = run(module, 3, 2, torch.float32, case.hidden)
-    wanted = module(*arguments)
-    assert torch.allclose(torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments), wanted)
+    module.bind("cpu", torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (3, 5):
+        arguments = run(module, tokens, 2, torch.float32, case.hidden)
+        assert relative_error(compiled(*arguments), expected(case, *arguments, module)) < 3e-6
 
 
 def test_experts_that_are_packed_differently_run_one_by_one() -> None:

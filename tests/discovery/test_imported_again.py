@@ -235,6 +235,23 @@ def test_transformers(kind: str, tmp_path: Path) -> None:
     assert evaluate(code) == [*lazy, "all QuantLinear QuantExperts", "{}"]
 
 
+ONE_COPY = """
+import torch, transformers
+from graftq.adapters.transformers import {module} as before
+import transformers.processing_utils  # puts another module in the place of transformers
+import transformers.generation.utils, transformers.modeling_utils
+from graftq.adapters.transformers import {module} as after
+from graftq.plugin import failures
+print(before is after, failures.recorded)
+"""
+
+
+@pytest.mark.parametrize("module", ["patches", "quantizer", "registry", "saving"])
+def test_one_copy_of_each_module_of_an_adapter(module: str) -> None:
+    """Also where it is imported before what it patches, as in a process that unpickles a configuration first."""
+    assert evaluate(ONE_COPY.format(module=module)) == ["True {}"]
+
+
 NO_OP = ANOTHER.replace("framework.engine", "transformers.modeling_utils").replace('"framework"', '"transformers"')
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import pickle
+import re
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import ROOT
 from support.vllm_stand_in import installed
 
 ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
@@ -64,16 +67,32 @@ def test_switched_off(
     assert not caplog.records
 
 
-def test_failure_is_recorded_not_raised(stand_in: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("gone", ["the name", "its module"])
+def test_what_vllm_has_moved_is_named_and_recorded(
+    gone: str, stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from vllm.model_executor.layers import quantization
 
     from graftq.plugin import failures
 
-    del quantization.register_quantization_config
+    if gone == "the name":
+        del quantization.register_quantization_config
+    else:
+        monkeypatch.setitem(sys.modules, quantization.__name__, None)
     register()
     (record,) = caplog.records
     assert "is left out" in record.message
+    assert "vLLM 0.32.0 has no vllm.model_executor.layers.quantization." in record.message
+    assert "graftq knows vLLM 0.30 to 0.33" in record.message
     failures.recorded.pop("taking over vLLM's GPTQ loading")
+
+
+def test_one_file_imports_from_vllm() -> None:
+    adapter = ROOT / "adapters" / "vllm"
+    importing = [
+        path.name for path in adapter.rglob("*.py") if re.search(r"^\s*(from|import) vllm\b", path.read_text(), re.M)
+    ]
+    assert importing == ["versions.py"]  # for the version alone; stock.py imports by name
 
 
 def test_import_brings_in_neither_torch_nor_vllm() -> None:
