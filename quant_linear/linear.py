@@ -23,6 +23,9 @@ class SharedProduct(Protocol):
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place`` among them, returns for ``x``."""
 
+    def spec_at(self, place: int) -> QuantSpec | None:
+        """What the call of the layer at ``place`` multiplies; None if another layer's call does it."""
+
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ from graftq.adapters.tgi.model_files import Checkpoint, asked_for
 from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.gpu.warmup import MOST_TOKENS, compile_kernels
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import Shard, join_outputs, shard_inputs, shard_outputs
@@ -172,7 +174,9 @@ class PackedLoader:
         layer.bind(device.type, dtype)
         if device.type != "cpu" and (layer.spec, dtype) not in self._ready:
             self._ready.add((layer.spec, dtype))
-            layer(torch.zeros(1, layer.in_features, device=device, dtype=dtype))
+            inputs = partial(torch.zeros, device=device, dtype=dtype)
+            layer(inputs((1, layer.in_features)))
+            compile_kernels(layer, lambda tokens: layer(inputs((tokens, layer.in_features))), MOST_TOKENS)
         return layer
 
 

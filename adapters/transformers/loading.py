@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftq.adapters.transformers.parameters import as_parameters, declared_in
+from graftq.plugin import switches
 from graftq.plugin.checkpoint import unlabeled, weight_files
 from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_method, read_written
 from graftq.plugin.checkpoint.fields import brief, check_file_name
@@ -228,7 +229,12 @@ def remember_source(original: Any) -> Any:
     @functools.wraps(function)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         with _begin(pretrained_model_name_or_path, kwargs):
-            return function(cls, pretrained_model_name_or_path, *args, **kwargs)
+            found = function(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if tokens := switches.number(switches.WARM_UP):
+            from graftq.adapters.transformers.warmup import warm_up_packed  # which few ask for
+
+            warm_up_packed(found[0] if isinstance(found, tuple) else found, tokens)
+        return found
 
     return classmethod(from_pretrained)
 

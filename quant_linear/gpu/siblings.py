@@ -19,6 +19,7 @@ from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
 from graftq.quant_linear.gpu.tiled_layout import PADDED_N, TiledLayout
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.row_order import can_multiply_as_one
+from graftq.quant_linear.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,10 @@ class SiblingProduct:
                 return outputs[place]
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
+
+    def spec_at(self, place: int) -> QuantSpec | None:
+        """All layers' outputs at the first place, nothing at the others."""
+        return self._spec if place == 0 else None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which weak references do not survive."""
