@@ -25,13 +25,11 @@ from graftq.adapters.transformers.packed_layers import (
 )
 from graftq.adapters.transformers.placement import Placement, place_projections
 from graftq.adapters.transformers.registry import DeferringQuantizer
-from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state
+from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_state, is_packed
 from graftq.adapters.transformers.swap import Dequantize, swap_modules
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
 from graftq.quant_linear.errors import CheckpointError
-from graftq.quant_linear.experts import QuantExperts
-from graftq.quant_linear.linear import QuantLinear
 
 
 class GptqHfQuantizer(DeferringQuantizer):
@@ -229,7 +227,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         from transformers.modeling_utils import PreTrainedModel  # which imports this module
 
         for name, part in model.named_modules():
-            if name and isinstance(part, PreTrainedModel) and _is_packed(part):
+            if name and isinstance(part, PreTrainedModel) and is_packed(part):
                 own: Any = copy.copy(self)
                 own._origin = self._origin.part(name)
                 part.hf_quantizer = own
@@ -269,7 +267,3 @@ class GptqHfQuantizer(DeferringQuantizer):
     def is_trainable(self) -> bool:
         """Adapters can be trained: the packed layers give gradients to what comes before them."""
         return True
-
-
-def _is_packed(model: torch.nn.Module) -> bool:
-    return any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())

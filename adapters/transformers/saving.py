@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,29 @@ class StoredNames(WeightRenaming):
         return StoredNames(exact, [renaming.reverse_transform() for renaming in self.renamings[::-1]])
 
 
+def is_packed(model: nn.Module, origin: Origin | None = None) -> bool:
+    """Whether a model has packed layers, or what the files of ``origin`` have packed."""
+    layers = any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())
+    return layers or (origin is not None and bool(origin.dequantized))
+
+
+@contextmanager
+def without_label(model: Any) -> Iterator[None]:
+    """Let a float model that was made by a packed one's configuration be saved as what it is.
+
+    Its configuration, which it may share with the packed one, is replaced by a copy as long as this lasts.
+    """
+    own = model.config
+    model.config = copy.deepcopy(own)
+    for holder in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(holder, "quantization_config", None) is not None:
+            del holder.quantization_config
+    try:
+        yield
+    finally:
+        model.config = own
+
+
 def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     """The model's state dict, with packed weights as the checkpoint stores them, by their names in the model.
 
@@ -93,7 +118,7 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if a packed layer is not where it was loaded, or the configuration does not say it is packed.
     """
-    if getattr(model.config, "quantization_config", None) is None:
+    if getattr(model.config, "quantization_config", None) is None and is_packed(model, origin):
         raise ValueError("config.quantization_config is gone, and without it the packed weights cannot be loaded again")
     state = dict(model.state_dict())
     stored: dict[str, torch.Tensor] = {}

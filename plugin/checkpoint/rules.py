@@ -59,19 +59,21 @@ class Rules:
     Args:
         patterns: As written, with or without ``+:`` or ``-:`` in front.
         file: The file they come from, for messages.
+        what: What one of them is called in messages.
 
     Raises:
         CheckpointError: if one is no regular expression, or cannot be matched in bounded time.
     """
 
-    def __init__(self, patterns: Sequence[str], file: str):
+    def __init__(self, patterns: Sequence[str], file: str, what: str = "dynamic rule"):
         self.patterns = tuple(patterns)
         self.file = file
+        self.what = what
         budget = _Budget(WORK_LIMIT + WORK_PER_RULE * len(self.patterns))
         self._programs = [self._compile(pattern, budget) for pattern in self.patterns]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rules, (self.patterns, self.file)
+        return Rules, (self.patterns, self.file, self.what)
 
     def find(self, name: str) -> int | None:
         """The number of the first pattern that matches from the beginning of ``name``.
@@ -101,7 +103,7 @@ class Rules:
             raise self._fail(pattern, f"is not a regular expression: {why}") from error
 
     def _fail(self, pattern: str, why: str) -> CheckpointError:
-        return CheckpointError(f"dynamic rule {brief(pattern)} {why}", file=self.file)
+        return CheckpointError(f"{self.what} {brief(pattern)} {why}", file=self.file)
 
 
 class _Unsupported(Exception):

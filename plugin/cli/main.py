@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from graftq.quant_linear.errors import CheckpointError, printable
 
@@ -29,12 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="graftq", description="GPTQ checkpoints in the frameworks people use.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="graftq's version, and no more")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what is installed, what graftq takes over, which kernels run here and why not")
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, without loading its weights")
     inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a folder, or a repository of the Hub")
     inspect.add_argument("--revision", help="branch, tag or commit of the repository")
     return parser
+
+
+class _Version(argparse.Action):
+    """``--version``; argparse's own would want the version, which is read from metadata, for every command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        import graftq
+
+        print(f"graftq {graftq.__version__}")
+        parser.exit()
 
 
 def _doctor() -> bool:
