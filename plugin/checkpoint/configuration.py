@@ -114,9 +114,9 @@ class QuantConfig:
         """
         declared = self.declared
         number = self.rules.find(name) if self.rules else None
-        if number is not None:
-            pattern, overrides = list(self.dynamic.items())[number]
-            declared = _overridden(declared, Fields(overrides, self.source, _within(pattern)))
+        if self.rules and number is not None:
+            pattern = self.rules.patterns[number]
+            declared = _overridden(declared, Fields(self.dynamic[pattern], self.source, _within(pattern)))
         if self.beside is not None:
             other = self.beside.for_module(name).desc_act
             if other != declared.desc_act:
