@@ -133,6 +133,7 @@ class Program:
         Raises:
             Exhausted: if it takes too long.
         """
+        self.budget.spend(len(positions) - start)
         current = self._start
         for place in range(start, len(positions)):
             following = current.get(positions[place])

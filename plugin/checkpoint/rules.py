@@ -45,14 +45,16 @@ class Rules:
     Args:
         patterns: As written, with or without ``+:`` or ``-:`` in front.
         file: The file they come from, for messages.
+        what: What one of them is called in messages.
 
     Raises:
         CheckpointError: if one is no regular expression, or cannot be matched in bounded time.
     """
 
-    def __init__(self, patterns: Sequence[str], file: str):
+    def __init__(self, patterns: Sequence[str], file: str, what: str = "dynamic rule"):
         self.patterns = tuple(patterns)
         self.file = file
+        self.what = what
         self._budget = Budget(WORK_LIMIT)
         self._programs: list[Program] = []
         self._texts: list[list[str]] = []
@@ -71,7 +73,7 @@ class Rules:
         self._lengths = sorted({len(text) for text in self._by_text})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rules, (self.patterns, self.file)
+        return Rules, (self.patterns, self.file, self.what)
 
     def find(self, name: str) -> int | None:
         """The number of the first pattern that matches from the beginning of ``name``.
@@ -88,10 +90,10 @@ class Rules:
         for number in sorted(self._candidates(name)):
             try:
                 self._budget.spend(TRYING_COST)
-                if all(text in name for text in self._texts[number]):
-                    self._budget.spend(len(name))
-                    if self._programs[number].matches(name, positions):
-                        return number
+                if all(text in name for text in self._texts[number]) and self._programs[number].matches(
+                    name, positions
+                ):
+                    return number
             except Exhausted:
                 raise self._fail(self.patterns[number], "takes too long to match") from None
         return None
@@ -120,7 +122,7 @@ class Rules:
             raise self._fail(pattern, f"is not a regular expression: {why}") from error
 
     def _fail(self, pattern: str, why: str) -> CheckpointError:
-        return CheckpointError(f"dynamic rule {brief(pattern)} {why}", file=self.file)
+        return CheckpointError(f"{self.what} {brief(pattern)} {why}", file=self.file)
 
 
 def _needed_texts(items: Iterable[Any], flags: int) -> list[str]:
