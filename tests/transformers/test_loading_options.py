@@ -58,7 +58,8 @@ def test_dtype(dtype: Any, originals: dict[str, Path]) -> None:
     model = load(originals["mixtral"], dtype=dtype)
     wanted = torch.float32 if dtype in ("auto", "float32") else dtype
     assert model.dtype == wanted
-    assert {p.dtype for p in model.parameters() if p.ndim == 2 and p.is_floating_point()} == {wanted, torch.float16}
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+    assert {each.dtype for name, each in model.named_buffers() if name.endswith(".scales")} == {torch.float16}
     twin = load(originals["mixtral"].parent / "float")
     assert relative_error(logits(model), logits(twin)) < (1e-5 if wanted == torch.float32 else 0.1)
 
