@@ -14,6 +14,7 @@ from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
 from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout, check_own
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.packed_module import PackedModule
 from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 
 ChooseExperts = Callable[[Request[ExpertsSpec]], Selection]
@@ -32,7 +33,7 @@ class QuantExpert(nn.Module):
             self.add_module(name, projection)
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(PackedModule):
     """``y[t] = sum_j weights[t, j] * expert[index[t, j]](x[t])`` over the chosen experts of each token.
 
     An expert computes ``down(activate(up(x)))``, where ``up`` gives gate and up values side by side
@@ -210,8 +211,7 @@ class QuantExperts(nn.Module):
             if isinstance(self.layout, SeparateLayout):
                 for expert in range(self.num_experts):
                     delattr(self, str(expert))
-            for name, tensor in packed.items():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.hold(packed)
             self._packed_names, self.form = tuple(packed), packed.form
         self.layout = layout
 
@@ -233,8 +233,8 @@ class QuantExperts(nn.Module):
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor | None]:
-        """This module's own tensors, biases included, as they are: what a kernel looks its arguments up in."""
-        return self._parameters
+        """This module's own packed tensors, as they are: what a kernel looks its arguments up in."""
+        return self._buffers
 
     def packed(self) -> Packed:
         """This module's own packed tensors, in the current layout; empty while each projection is a layer."""

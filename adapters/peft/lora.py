@@ -185,7 +185,7 @@ def _experts(module: Any) -> Any:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _check_initialization(config: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftq.adapters.tgi.model_files import Checkpoint, asked_for
+from graftq.adapters.tgi.model_files import Checkpoint, asked_for, is_gptq
 from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
@@ -46,7 +46,7 @@ class PackedLoader:
         super().__init__(**kwargs)
         self.checkpoint: Checkpoint | None = None
         self._ready: set[tuple[QuantSpec, torch.dtype]] = set()
-        if kwargs["quantize"] == kwargs["quant_method"] == "gptq":
+        if is_gptq(kwargs["quantize"], kwargs["quant_method"]):
             from text_generation_server.utils import weight_files
 
             model_id, revision = asked_for.get()

@@ -63,7 +63,7 @@ def _check_complete(model: nn.Module, found: list[tuple[str, Any]]) -> None:
             continue
         if id(module) not in known:
             raise ValueError(f"{name} is not where it was loaded, so nothing says what it was before")
-        if any(tensor.is_meta for tensor in module.parameters()):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError(f"{name} is offloaded; load the model without offloading to dequantize it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from graftq.adapters.transformers.parameters import as_parameters, declared_in
 from graftq.plugin import switches
-from graftq.plugin.checkpoint import unlabeled, weight_files
+from graftq.plugin.checkpoint import auto_round, unlabeled, weight_files
 from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_method, read_written
 from graftq.plugin.checkpoint.fields import brief, check_file_name
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
@@ -20,7 +21,7 @@ from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 from graftq.plugin.checkpoint.validation import is_gptq
 from graftq.quant_linear.errors import CheckpointError
 
-OTHER_READERS = ("auto-round",)
+OTHER_READERS = (auto_round.METHOD,)
 """Methods of transformers' own that store GPTQ's tensors, and read them by themselves."""
 
 Files = tuple[Sequence[str], Mapping[str, Any] | None]
@@ -66,7 +67,10 @@ class Loading:
         where = self.source.describe(CONFIG) if self.source else CONFIG
         if given is not None:
             self.method = read_method(given, where)
-            if self.method != "gptq":
+            if self.method == auto_round.METHOD:
+                if _is_left_to_auto_round(given, argument, where):
+                    return argument
+            elif self.method != "gptq":
                 self._refuse_other_method()
                 return argument
         if self.source is None:
@@ -217,6 +221,15 @@ class Loading:
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
         return self.method in AUTO_QUANTIZER_MAPPING
+
+
+def _is_left_to_auto_round(given: Mapping[str, Any], argument: Any, where: str) -> bool:
+    """Whether AutoRound's package reads its checkpoint: it is asked for, or is there and the packing is not GPTQ's."""
+    if given.get("quant_method") != auto_round.METHOD:  # which transformers does not know
+        return False
+    if type(argument).__name__ == "AutoRoundConfig":
+        return True
+    return importlib.util.find_spec("auto_round") is not None and auto_round.refusal(given, where) is not None
 
 
 def remember_source(original: Any) -> Any:

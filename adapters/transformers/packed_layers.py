@@ -171,7 +171,7 @@ def bind(model: nn.Module, dtype: torch.dtype) -> None:
     """Choose kernels for packed layers and experts; those with offloaded weights keep the checkpoint's layout."""
     for module in packed_modules(model):
         layers = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
-        packed = [tensor for layer in layers for tensor in layer.parameters()]
+        packed = [tensor for layer in layers for tensor in layer.packed().values()]
         for tensor in packed:
             tensor.requires_grad_(False)
         module.pinned = any(tensor.is_meta for tensor in packed)

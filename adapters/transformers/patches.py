@@ -103,7 +103,9 @@ def _is_mislabeled(model: Any) -> bool:
     parameters = next((found for each in holders if (found := getattr(each, "quantization_config", None))), None)
     stated = as_parameters(parameters) or {}
     method = stated.get("quant_method")
-    if getattr(method, "value", method) != "gptq" or getattr(parameters, "dataset", None) is not None:
+    if (getattr(method, "value", method) != "gptq" and not isinstance(parameters, GPTQConfig)) or getattr(
+        parameters, "dataset", None
+    ) is not None:
         return False
     if quantizer is not None and not isinstance(quantizer, GptqHfQuantizer):
         return False
