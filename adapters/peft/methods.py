@@ -31,7 +31,7 @@ WORKS = (
 """Methods whose layers compute the same, and learn the same, around packed layers as around float ones."""
 
 
-class AsLinear(QuantLinear, nn.Linear):
+class AsLinear(QuantLinear, nn.Linear):  # type: ignore[override] # its weight is a property
     """What a packed layer is while PEFT looks for layers and puts adapters around them."""
 
 

@@ -62,12 +62,13 @@ def _replace_quietly(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _replace_module(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
         base = child.get_base_layer() if hasattr(child, "get_base_layer") else child
-        if isinstance(base, QuantLinear):
+        if isinstance(base, (QuantLinear, QuantExperts)):
+            device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
             setattr(parent, child_name, new_module)
             for name, module in new_module.named_modules():
                 is_adapters = self.prefix in name or "ranknum" in name
                 if is_adapters and not any(parameter.is_meta for parameter in module.parameters()):
-                    module.to(next(iter(base.packed().values())).device)
+                    module.to(device)
         else:
             original(self, parent, child_name, new_module, child)
 
