@@ -18,6 +18,7 @@ from graftq.adapters.transformers.dequantizing import dequantize_model
 from graftq.adapters.transformers.packed_layers import (
     PlacedProjection,
     bind,
+    kept_dtype,
     packed_modules,
     refuse_holes,
     refuse_unplaced,
@@ -194,13 +195,15 @@ class GptqHfQuantizer(DeferringQuantizer):
     def _restore_dtypes(self, model: Any) -> None:
         """Cast what is not in the dtype of the skeleton: transformers 5.16 leaves renamed tensors in the file's.
 
+        Packed tensors have the files' dtypes there; in a module that is kept in float32, transformers has widened them.
         Offloaded weights are cast when they are brought in, to the dtype of what stands in for them.
         """
         kept = model._get_dtype_plan(model.config.dtype)  # what a model keeps in float32, whatever its dtype
+        packed = {f"{target}.{suffix}" for target, one in self._plan.projections.items() for suffix in one.infos}
         for name, parameter in model.named_parameters():
             wanted = self._dtypes.get(name, parameter.dtype)
-            for pattern, dtype in kept.items():
-                wanted = dtype if re.search(pattern.replace("*", ".*"), name) else wanted
+            if name not in packed:
+                wanted = kept_dtype(kept, name) or wanted
             if parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
