@@ -7,6 +7,7 @@ which temporarily takes the memory of the whole packed model. transformers shard
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,10 @@ ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
 SPLITTING = ("rowwise_split_input", "rowwise_rep")
 EXPERTS_STYLE = "moe_tp_experts"
 WHOLE = "replicate"
-"""The style of a parameter that every rank keeps; older versions skip unknown styles, which has the same effect."""
+"""The style of what every rank keeps. Most versions of transformers skip styles that they do not know."""
+
+WHOLE_WHERE_REFUSED = "all_reduce"
+"""One that leaves parameters alone, and that transformers 5.17 and 5.18 know: these refuse plans with others."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ def keep_whole(model: Any) -> None:
     plan = getattr(model, "tp_plan", None)
     if not plan:
         return
+    stock = sys.modules.get("transformers.distributed.tensor_parallel")  # before 5.17 there is none
+    style = WHOLE_WHERE_REFUSED if hasattr(stock, "_validate_tp_plan_styles") else WHOLE
     for name, module in _packed(model):
         for own, _ in module.named_parameters(recurse=False):
-            plan[f"{_generic(name)}.{own}"] = WHOLE
+            plan[f"{_generic(name)}.{own}"] = style
     names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
     for name in stacked - names:
