@@ -47,13 +47,26 @@ class PlacedProjection:
         """Whether the files hold a bias that the model's layer has not: the checks have made sure that it is zeros."""
         return "bias" in self.infos and not self.spec.has_bias
 
-    def empty(self, dtype: torch.dtype) -> QuantLinear:
-        """A layer on the meta device, with the dtypes that the files have; ``dtype`` is the model's."""
+    def empty(self, dtype: torch.dtype, kept: torch.dtype | None = None) -> QuantLinear:
+        """A layer on the meta device, with the dtypes that the files have.
+
+        Args:
+            dtype: The model's.
+            kept: Another in which the model wants this layer, if it does.
+        """
         known = torch_dtypes()
         dtypes = {suffix: known[info.dtype] for suffix, info in self.infos.items()}
         if not self.spec.has_bias:
             dtypes.pop("bias", None)
-        return QuantLinear(self.spec, choose_kernel, dtypes, dtype, device="meta")
+        layer = QuantLinear(self.spec, choose_kernel, dtypes, kept or dtype, device="meta")
+        layer.keeps_dtype = kept is not None
+        return layer
+
+
+def kept_dtype(plan: Mapping[str, torch.dtype], name: str) -> torch.dtype | None:
+    """The dtype in which a model keeps the parameter ``name``, by transformers' plan, whatever its own; None if any."""
+    found = [dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)]
+    return found[-1] if found else None
 
 
 def features(layer: Any) -> tuple[int, int, bool]:
@@ -171,10 +184,10 @@ def bind(model: nn.Module, dtype: torch.dtype) -> None:
     """Choose kernels for packed layers and experts; those with offloaded weights keep the checkpoint's layout."""
     for module in packed_modules(model):
         layers = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
-        packed = [tensor for layer in layers for tensor in layer.parameters()]
+        packed = [tensor for layer in layers for tensor in layer.packed().values()]
         for tensor in packed:
             tensor.requires_grad_(False)
         module.pinned = any(tensor.is_meta for tensor in packed)
         if not module.pinned:
-            module.bind(packed[0].device.type, dtype)
+            module.bind(packed[0].device.type, module.dtype if module.keeps_dtype else dtype)
     join_model_siblings(model)

@@ -7,7 +7,7 @@ every renaming transformers knows is honored; experts' names are then derived fr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,11 @@ def place_projections(model: Any, index: CheckpointIndex, config: QuantConfig, c
     return plan
 
 
+def finder(model: nn.Module, conversions: Iterable[Any]) -> Callable[[str], tuple[str, str] | None]:
+    """From stored names to the modules they mean and the experts modules that hold these (or ""); None for none."""
+    return _Finder(model, CheckpointIndex({}), list(conversions)).place
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module follows transformers' experts interface: 3-D weights of all experts in one parameter."""
     down = getattr(module, "down_proj", None)
@@ -106,7 +111,7 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.base = getattr(model, "base_model_prefix", "")
         self.stock = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self.aliases = ALIASES | _derive_aliases(conversions)
+        self.aliases = ALIASES | expert_aliases(conversions)
         self.renamings: dict[str, str] = {}
         # Biases of all experts in one tensor, as GPT-OSS stores them, beside packed weights expert by expert.
         self.fused_biases = {
@@ -174,7 +179,7 @@ def _has_matrix(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
-def _derive_aliases(conversions: list[Any]) -> dict[str, str]:
+def expert_aliases(conversions: list[Any]) -> dict[str, str]:
     """Expert projection names from the model's converters: ``experts.*.w1.weight`` -> ``experts.gate_up_proj``."""
     found = {}
     for converter in conversions:

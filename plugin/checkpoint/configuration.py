@@ -126,9 +126,9 @@ class QuantConfig:
         """
         declared = self.declared
         number = self.rules.find(name) if self.rules else None
-        if number is not None:
-            pattern, overrides = list(self.dynamic.items())[number]
-            declared = _overridden(declared, Fields(overrides, self.source, _within(pattern)))
+        if self.rules and number is not None:
+            pattern = self.rules.patterns[number]
+            declared = _overridden(declared, Fields(self.dynamic[pattern], self.source, _within(pattern)))
         if self.by_module and (found := self.by_module.find(name)):
             key, overrides = found
             declared = _overridden(declared, Fields(overrides, self.source, auto_round.within(key)))

@@ -11,6 +11,9 @@ from typing import Any
 
 from graftq.quant_linear.errors import CheckpointError, printable
 
+LONGEST_LINE = 5000
+"""Characters of a line; names in a checkpoint may be of any length."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if something is wrong, 2 for a wrong call."""
@@ -69,7 +72,7 @@ def _inspect(checkpoint: str, revision: str | None) -> bool:
 
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
-        print(printable(line), flush=True)  # names in a checkpoint may be commands to the terminal
+        print(printable(line, LONGEST_LINE), flush=True)  # names in a checkpoint may be commands to the terminal
 
 
 if __name__ == "__main__":
