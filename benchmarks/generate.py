@@ -140,7 +140,7 @@ def _load(folder: Path) -> Any:
     with _sampled_peak() as host:
         seconds = timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
     model = loaded[0]
-    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    held = _bytes(model)
     print(f"loaded {sum(files) / 1e9:.2f} GB in {seconds:.1f} s: {sum(files) / 1e9 / seconds:.2f} GB/s")
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -202,12 +202,15 @@ def _experts(model: Any) -> list[QuantExperts]:
     return [module for module in model.modules() if isinstance(module, QuantExperts)]
 
 
+def _bytes(module: Any) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
 def _step_bytes(model: Any, distinct: float) -> float:
     """Bytes of the weights that one step reads: the embedding's rows are nothing beside them."""
-    total = sum(parameter.nbytes for parameter in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    total = _bytes(model) - model.get_input_embeddings().weight.nbytes
     for experts in _experts(model):
-        held = sum(parameter.nbytes for parameter in experts.parameters())
-        total -= held * (1 - distinct / experts.num_experts)
+        total -= _bytes(experts) * (1 - distinct / experts.num_experts)
     return total
 
 

@@ -42,7 +42,7 @@ def measure(folder: str, answers: multiprocessing.SimpleQueue) -> None:  # type:
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
     seconds = time.perf_counter() - start
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     done.set()
     watcher.join()
     answers.put((seconds, held, peak[0] - before))

@@ -13,10 +13,25 @@ AUTO_GPTQ = "GRAFTQ_AUTO_GPTQ"
 VLLM = "GRAFTQ_VLLM"
 """Which GPTQ checkpoints to take over in vLLM: "all" (the default), or "unsupported", those that vLLM refuses."""
 
+WARM_UP = "GRAFTQ_WARM_UP"
+"""In transformers, compile all kernels that calls of so many tokens need when a packed model is loaded."""
+
 
 def is_on(name: str) -> bool:
     """Whether the variable is set to anything but "" or "0"."""
     return os.environ.get(name, "") not in ("", "0")
+
+
+def number(name: str) -> int:
+    """The variable's number; 0 if it is not set.
+
+    Raises:
+        ValueError: if it is no number, naming the variable.
+    """
+    value = os.environ.get(name, "") or "0"
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value} is no number")
+    return int(value)
 
 
 def disabled() -> bool:

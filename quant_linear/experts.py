@@ -12,8 +12,9 @@ from torch import nn
 
 from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
-from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout
+from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout, check_own
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.packed_module import PackedModule
 from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 
 ChooseExperts = Callable[[Request[ExpertsSpec]], Selection]
@@ -32,7 +33,7 @@ class QuantExpert(nn.Module):
             self.add_module(name, projection)
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(PackedModule):
     """``y[t] = sum_j weights[t, j] * expert[index[t, j]](x[t])`` over the chosen experts of each token.
 
     An expert computes ``down(activate(up(x)))``, where ``up`` gives gate and up values side by side
@@ -99,6 +100,7 @@ class QuantExperts(nn.Module):
         self.layout: ExpertsLayout = SeparateLayout(self.spec)
         self._choose_linear = projections["down_proj"][0].choose
         self.dtype = projections["down_proj"][0].dtype
+        self.keeps_dtype = projections["down_proj"][0].keeps_dtype
         self.form: Hashable = None
         self._packed_names: tuple[str, ...] = ()
         self._kernels: ExpertsKernels | None = None
@@ -139,6 +141,7 @@ class QuantExperts(nn.Module):
         Returns:
             [tokens, hidden] in the dtype of ``hidden_states``; the sum is taken in float32.
         """
+        hidden_states = self.widened(hidden_states)
         if self._bound_to != (hidden_states.device.type, hidden_states.dtype, self.separate):
             self.bind(hidden_states.device.type, hidden_states.dtype)
         assert self._kernels is not None
@@ -154,6 +157,7 @@ class QuantExperts(nn.Module):
         selection = self._choose(Request(self.spec, device, dtype, pinned=self.pinned, separate=self.separate))
         layout = selection.experts.layout(self.spec)
         if layout != self.layout:
+            check_own(self, selection.provider.name)
             self._repack(layout)
         self._kernels, self.kernel = selection.experts, selection.provider.name
         self._bound_to = (device, dtype, self.separate)
@@ -209,8 +213,7 @@ class QuantExperts(nn.Module):
             if isinstance(self.layout, SeparateLayout):
                 for expert in range(self.num_experts):
                     delattr(self, str(expert))
-            for name, tensor in packed.items():
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.hold(packed)
             self._packed_names, self.form = tuple(packed), packed.form
         self.layout = layout
 
@@ -223,17 +226,18 @@ class QuantExperts(nn.Module):
         return child
 
     def _separate(self, take: Callable[[str, int], GptqTensors], expert: int) -> QuantExpert:
-        return QuantExpert(
-            {
-                name: QuantLinear.from_tensors(specs[expert], take(name, expert), self._choose_linear, self.dtype)
-                for name, specs in self.spec.projections
-            }
-        )
+        layers = {
+            name: QuantLinear.from_tensors(specs[expert], take(name, expert), self._choose_linear, self.dtype)
+            for name, specs in self.spec.projections
+        }
+        for layer in layers.values():
+            layer.keeps_dtype = self.keeps_dtype
+        return QuantExpert(layers)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor | None]:
-        """This module's own tensors, biases included, as they are: what a kernel looks its arguments up in."""
-        return self._parameters
+        """This module's own packed tensors, as they are: what a kernel looks its arguments up in."""
+        return self._buffers
 
     def packed(self) -> Packed:
         """This module's own packed tensors, in the current layout; empty while each projection is a layer."""

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed, check_own
+from graftq.quant_linear.packed_module import PackedModule
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
@@ -23,22 +24,27 @@ class SharedProduct(Protocol):
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place`` among them, returns for ``x``."""
 
+    def spec_at(self, place: int) -> QuantSpec | None:
+        """What the call of the layer at ``place`` multiplies; None if another layer's call does it."""
+
     def dissolve(self, reason: str) -> None:
         """Let each layer multiply by itself from now on."""
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedModule):
     """``y = x @ W.T + bias`` for ``x`` [..., in_features], with ``W`` as GPTQ stores it.
 
-    The parameters bear the checkpoint's names and shapes (:class:`QuantSpec`) until a kernel that
-    wants another layout is bound; none requires a gradient, activations may.
+    The tensors bear the checkpoint's names and shapes (:class:`QuantSpec`) until a kernel that
+    wants another layout is bound. No cast of the model changes them, and none has a gradient; activations may.
+    They are parameters until a kernel is bound, and as long as they are offloaded (``pinned``): accelerate
+    brings buffers in only if it is asked to.
 
     Args:
         spec: The projection.
         choose: Finds the kernel for a request.
-        dtypes: Dtype of each tensor that the checkpoint stores, by suffix; the parameters to make.
+        dtypes: Dtype of each tensor that the checkpoint stores, by suffix; the tensors to make.
         dtype: The model's dtype, which ``weight`` is given in.
-        device: Where to allocate the parameters, usually "meta".
+        device: Where to allocate the tensors, usually "meta".
     """
 
     def __init__(
@@ -76,7 +82,12 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
+        """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same.
+
+        A layer that :attr:`keeps_dtype` takes narrower ones, too, and returns its own.
+        """
+        if self.keeps_dtype:
+            x = self.widened(x)
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
         shared = self.shared  # read once: another thread may dissolve it
@@ -88,7 +99,11 @@ class QuantLinear(nn.Module):
     def multiply(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """The product with as many outputs as ``spec`` says: the layer's own, or more if others are joined to it."""
         assert self.provider is not None
-        return self.provider.linear(x, self._parameters, spec)  # type: ignore[arg-type] # None for what is not there
+        return self.provider.linear(x, self._tensors, spec)  # type: ignore[arg-type] # None for what is not there
+
+    @property
+    def _tensors(self) -> Mapping[str, torch.Tensor | None]:
+        return self._parameters if self.pinned else self._buffers
 
     def bind(self, device: str, dtype: torch.dtype) -> None:
         """Choose the kernel for activations of ``dtype`` on ``device``, and repack the weights for it.
@@ -102,15 +117,19 @@ class QuantLinear(nn.Module):
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:
+            check_own(self, provider.name)
             packed = layout.pack(self.release())
             self.hold(packed)
             self.layout, self.form = layout, packed.form
+        elif not self.pinned:
+            self.hold(self.packed())  # what was loaded as parameters
         self.provider = provider
         self._bound_to = (device, dtype)
 
     def packed(self) -> Packed:
-        """The parameters, in the current layout."""
-        return Packed({name: tensor for name, tensor in self._parameters.items() if tensor is not None}, self.form)
+        """The tensors, in the current layout."""
+        own = self._parameters | self._buffers
+        return Packed({name: tensor for name, tensor in own.items() if tensor is not None}, self.form)
 
     def checkpoint_tensors(self) -> GptqTensors:
         """The tensors exactly as the checkpoint stores them, whatever the layout is now."""
@@ -120,15 +139,10 @@ class QuantLinear(nn.Module):
         """Give the checkpoint tensors away: the layer has none afterwards."""
         stored = self.checkpoint_tensors()
         self._leave("one of them gives its tensors away")
-        for name in list(self._parameters):
+        for name in (*self._parameters, *self._buffers):
             delattr(self, name)
         self.register_parameter("bias", None)
         return stored
-
-    def hold(self, packed: Mapping[str, torch.Tensor]) -> None:
-        """Take tensors of the current layout, in the place of those of the same names."""
-        for name, tensor in packed.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Move or cast the tensors. Layers that were joined part if that copies any of them."""

@@ -72,7 +72,7 @@ def post_init_model(self: Any, model: Any) -> Any:
         spec = replace(layer.spec, desc_act=declared.desc_act and layer.spec.num_groups > 1)
         layer.spec = check_values(name, infos, spec, declared, values, layer.dtype)
         layer.layout = CheckpointLayout(layer.spec)
-        layer.pinned = any(tensor.is_meta for tensor in layer.parameters())
+        layer.pinned = any(tensor.is_meta for tensor in layer.packed().values())
         if not layer.pinned:
             layer.bind(values["qweight"].device.type, layer.dtype)
     model.quantize_config = SimpleNamespace(desc_act=self.desc_act)
@@ -107,14 +107,14 @@ def _empty(layer: Any, n: int, k: int, declared: Declared) -> QuantLinear:
     dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32}
     dtypes |= {"scales": torch.float32, "bias": torch.float32}
     packed = QuantLinear(spec, choose_kernel, dtypes, layer.weight.dtype, device=layer.weight.device)
-    for tensor in packed.parameters():
+    for tensor in packed.packed().values():
         tensor.zero_()
     return packed
 
 
-def _value(layer: nn.Module, suffix: str) -> Any:
+def _value(layer: QuantLinear, suffix: str) -> Any:
     """A tensor of the layer, also where accelerate keeps it elsewhere; None if it is nowhere."""
-    tensor = layer.get_parameter(suffix)
+    tensor = layer.packed()[suffix]
     if not tensor.is_meta:
         return tensor
     offloaded = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)

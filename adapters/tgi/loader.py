@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
-from graftq.adapters.tgi.model_files import Checkpoint, asked_for
+from graftq.adapters.tgi.model_files import Checkpoint, asked_for, is_gptq
 from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.gpu.warmup import MOST_TOKENS, compile_kernels
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import Shard, join_outputs, shard_inputs, shard_outputs
@@ -44,7 +46,7 @@ class PackedLoader:
         super().__init__(**kwargs)
         self.checkpoint: Checkpoint | None = None
         self._ready: set[tuple[QuantSpec, torch.dtype]] = set()
-        if kwargs["quantize"] == kwargs["quant_method"] == "gptq":
+        if is_gptq(kwargs["quantize"], kwargs["quant_method"]):
             from text_generation_server.utils import weight_files
 
             model_id, revision = asked_for.get()
@@ -172,7 +174,9 @@ class PackedLoader:
         layer.bind(device.type, dtype)
         if device.type != "cpu" and (layer.spec, dtype) not in self._ready:
             self._ready.add((layer.spec, dtype))
-            layer(torch.zeros(1, layer.in_features, device=device, dtype=dtype))
+            inputs = partial(torch.zeros, device=device, dtype=dtype)
+            layer(inputs((1, layer.in_features)))
+            compile_kernels(layer, lambda tokens: layer(inputs((tokens, layer.in_features))), MOST_TOKENS)
         return layer
 
 

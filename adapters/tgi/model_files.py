@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from graftq.plugin.checkpoint import weight_files
+from graftq.plugin.checkpoint import auto_round, weight_files
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.source import Source
@@ -76,3 +76,8 @@ def read_config(source: Source) -> QuantConfig | None:
     """
     written = read_written(source)
     return QuantConfig.from_files(written, source) if written else None
+
+
+def is_gptq(quantize: str, quant_method: str) -> bool:
+    """Whether the server is asked for GPTQ, and the parameters say that or AutoRound, whose packing may be GPTQ's."""
+    return quantize == "gptq" and quant_method.lower() in ("gptq", *auto_round.SPELLINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from graftq.adapters.tgi.routing import choose_experts
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.gpu.warmup import MOST_TOKENS, compile_kernels
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import Shard
 
@@ -60,8 +62,14 @@ class PackedMoE(nn.Module):
         # Compile kernels and allocate workspaces before the server takes the free memory for its cache.
         if weights.device.type != "cpu":
             hidden = self.experts.spec.of("down_proj")[0].out_features
-            states = torch.zeros(1, hidden, device=weights.device, dtype=weights.dtype)
-            self(states, gating_output=torch.zeros(1, n_experts, device=weights.device))
+            zeros = partial(torch.zeros, device=weights.device)
+
+            def run(tokens: int) -> torch.Tensor:
+                states = zeros((tokens, hidden), dtype=weights.dtype)
+                return self(states, gating_output=zeros((tokens, n_experts)))
+
+            run(1)
+            compile_kernels(self.experts, run, MOST_TOKENS)
 
     def forward(self, x: torch.Tensor, *, gating_output: torch.Tensor) -> torch.Tensor:
         """Run the chosen experts.

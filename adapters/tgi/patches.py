@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from graftq.adapters.tgi import server_log
-from graftq.adapters.tgi.model_files import asked_for
+from graftq.adapters.tgi.model_files import asked_for, is_gptq
 from graftq.plugin.patching import replace_attribute
 
 
@@ -34,7 +34,7 @@ def _remember_model(original: Callable[..., Any]) -> Callable[..., Any]:
 def _no_marlin(original: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(original)
     def can_use_gptq_marlin(*, quant_method: str, quantize: str, **rest: Any) -> bool:
-        if quantize == quant_method == "gptq":
+        if is_gptq(quantize, quant_method):
             return False
         return original(quant_method=quant_method, quantize=quantize, **rest)
 

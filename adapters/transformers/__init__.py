@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 from graftq.plugin.hookspecs import hookimpl
 
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The registry of quantizers, the module that resolves files and calls the quantizer, and that of ``generate``."""
+    """The registry of quantizers, the module that resolves files and calls the quantizer, and ``generate``'s two."""
     from importlib.util import find_spec
 
     if root != "transformers" or find_spec(root) is None:
@@ -26,7 +27,17 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         "transformers.quantizers.auto": _patch_quantizers,
         "transformers.modeling_utils": _patch_modeling,
         "transformers.generation.utils": _patch_generation,
+        "transformers.generation.continuous_batching.continuous_api": _patch_continuous_batching,
     }
+
+
+def quantize(arguments: Any) -> int:
+    """``graftq quantize``: run it, and return its exit status."""
+    if _version() < (5, 16):
+        raise RuntimeError("graftq quantize needs transformers 5.16 or newer")
+    from graftq.adapters.transformers.making import command
+
+    return command.run(arguments)
 
 
 def _version() -> tuple[int, ...]:
@@ -48,6 +59,13 @@ def _patch_generation(module: ModuleType) -> None:
         from graftq.adapters.transformers.generation import patch_generation
 
         patch_generation(module)
+
+
+def _patch_continuous_batching(module: ModuleType) -> None:
+    if hasattr(getattr(module, "ContinuousMixin", None), "init_continuous_batching"):  # not in every 4.x
+        from graftq.adapters.transformers.continuous_batching import patch_continuous_batching
+
+        patch_continuous_batching(module)
 
 
 def _patches() -> ModuleType:

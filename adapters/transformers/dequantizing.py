@@ -38,10 +38,11 @@ def dequantize_model(model: Any, origin: Origin, dtype: torch.dtype | None) -> A
     dtype = old if dtype is None else _as_dtype(dtype)
     for name, module in found:
         plain = origin.plain.pop(_plain_name(name))
+        own = module.dtype if module.keeps_dtype else dtype
         if isinstance(module, QuantLinear):
-            _fill_linear(plain, module, dtype)
+            _fill_linear(plain, module, own)
         else:
-            _fill_experts(plain, module, dtype)
+            _fill_experts(plain, module, own)
         _take_over(plain, module)
         model.set_submodule(name, plain)
     if dtype != old:
@@ -63,7 +64,7 @@ def _check_complete(model: nn.Module, found: list[tuple[str, Any]]) -> None:
             continue
         if id(module) not in known:
             raise ValueError(f"{name} is not where it was loaded, so nothing says what it was before")
-        if any(tensor.is_meta for tensor in module.parameters()):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError(f"{name} is offloaded; load the model without offloading to dequantize it")
 
 

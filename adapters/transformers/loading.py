@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftq.plugin.checkpoint import weight_files
+from graftq.adapters.transformers.parameters import as_parameters, declared_in
+from graftq.plugin import switches
+from graftq.plugin.checkpoint import auto_round, unlabeled, weight_files
 from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_method, read_written
 from graftq.plugin.checkpoint.fields import brief, check_file_name
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
@@ -18,7 +21,7 @@ from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
 from graftq.plugin.checkpoint.validation import is_gptq
 from graftq.quant_linear.errors import CheckpointError
 
-OTHER_READERS = ("auto-round",)
+OTHER_READERS = (auto_round.METHOD,)
 """Methods of transformers' own that store GPTQ's tensors, and read them by themselves."""
 
 Files = tuple[Sequence[str], Mapping[str, Any] | None]
@@ -45,26 +48,40 @@ class Loading:
     method: str | None = None
     index: CheckpointIndex | None = None
 
-    def read_configuration(self, config: Any) -> None:
+    def read_configuration(self, config: Any, argument: Any = None) -> Any:
         """Find the GPTQ parameters, and put them where transformers looks, in the form that it recognizes.
+
+        Args:
+            config: The model's configuration.
+            argument: The caller's ``quantization_config``. It counts where no file has parameters and the weights are
+                packed: then it does not say how to quantize them.
+
+        Returns:
+            ``argument``, or None once it stands in ``config``.
 
         Raises:
             CheckpointError: if they are not GPTQ's, damaged, or contradict each other, or if they name another method
                 and the files are GPTQ's.
         """
-        holder, given = _declared(config)
+        holder, given = declared_in(config)
         where = self.source.describe(CONFIG) if self.source else CONFIG
         if given is not None:
             self.method = read_method(given, where)
-            if self.method != "gptq":
+            if self.method == auto_round.METHOD:
+                if _is_left_to_auto_round(given, argument, where):
+                    return argument
+            elif self.method != "gptq":
                 self._refuse_other_method()
-                return
+                return argument
         if self.source is None:
             written = {} if given is None else {CONFIG: given}
         else:
             written = read_written(self.source, given)
         if not written and given is None:
-            return
+            stated = self._stated_by(argument)
+            if stated is None:
+                return argument
+            written, argument = {"quantization_config": stated}, None
         written = written or {CONFIG: {}}  # transformers takes an empty object for parameters, too
         self.config = QuantConfig.from_files(written, self.source or Source(""))
         self.method = "gptq"
@@ -72,6 +89,21 @@ class Loading:
         if raw.get("group_size") is not None:
             raw["group_size"] = self.config.declared.group_size
         holder.quantization_config = raw
+        return argument
+
+    def _stated_by(self, argument: Any) -> Mapping[str, Any] | None:
+        """The parameters of packed weights that the caller states; None if he states none, or wants to quantize."""
+        parameters = as_parameters(argument)
+        if parameters is None or self.source is None or read_method(parameters, "quantization_config") != "gptq":
+            return None
+        dataset = argument.get("dataset") if isinstance(argument, Mapping) else getattr(argument, "dataset", None)
+        if dataset is not None and not self.source.is_local:
+            return None
+        return parameters if unlabeled.find_packed(self.source, self._allows_pickles) else None
+
+    @property
+    def _allows_pickles(self) -> bool:
+        return self.arguments.get("use_safetensors") is False
 
     def _refuse_other_method(self) -> None:
         """Raise if the first weight file of a folder holds GPTQ's tensors; before the other method asks for its own."""
@@ -116,7 +148,7 @@ class Loading:
         for part in explicit.split("/") if explicit else ():  # `transformers_weights` in config.json
             check_file_name(part, "transformers_weights", self.source.describe(CONFIG))
         if explicit and explicit.endswith(PICKLE_ENDINGS):  # transformers itself wants a safetensors file there
-            if self.arguments.get("use_safetensors") is not False:
+            if not self._allows_pickles:
                 raise weight_files.pickle_refused(self.source, explicit)
             return self.source.fetch(explicit)
         if explicit or arguments.get("variant"):
@@ -130,7 +162,7 @@ class Loading:
         pickles = weight_files.find_pickles(self.source, self.config)
         if not pickles:
             return None  # transformers says what it looked for
-        if self.arguments.get("use_safetensors") is not False:
+        if not self._allows_pickles:
             raise weight_files.pickle_refused(self.source, pickles[0])
         name = weight_files.the_only(self.source, pickles)
         assert name is not None  # there are pickles
@@ -152,29 +184,52 @@ class Loading:
         """
         if not files or self.source is None or (self.method and not self._is_misread()):
             return
+        is_registered, is_safe = self._is_registered(), files[0].endswith(".safetensors")
+        index: CheckpointIndex | None = None
         if metadata and "weight_map" in metadata:
-            names: Sequence[str] = list(metadata["weight_map"])
-        elif files[0].endswith(".safetensors"):
-            names = list(CheckpointIndex.open(files).tensors)
+            packed = unlabeled.packed_name(list(metadata["weight_map"]))
+        elif is_safe:
+            index = CheckpointIndex.open(files)
+            packed = unlabeled.packed_name(list(index.tensors))
+        elif not is_registered:
+            packed = os.path.basename(files[0]) if unlabeled.mentions_packed(files[0]) else None
         else:
             return
-        packed = next((name for name in names if name.endswith((".qweight", ".qzeros"))), None)
         if packed is None:
             return
-        if self._is_registered():
-            self._refuse_packed(CheckpointIndex.open(files))
+        if is_registered or is_safe:
+            index = index or CheckpointIndex.open(files)
+        if is_registered and index is not None:
+            self._refuse_packed(index)
             return
+        raise self._unlabeled(packed, index)
+
+    def refuse_unfound(self) -> None:
+        """Raise for packed weights in a file that the framework does not look for, and that no file describes."""
+        if self.source is None or self.method is not None or not self.source.is_local:
+            return
+        found = unlabeled.find_packed(self.source, self._allows_pickles)
+        if found is not None:
+            raise self._unlabeled(*found)
+
+    def _unlabeled(self, packed: str, index: CheckpointIndex | None) -> CheckpointError:
+        assert self.source is not None
         why = f"quant_method is {brief(self.method)}" if self.method else f"there is no {QUANTIZE_CONFIG}"
-        raise CheckpointError(
-            f"packed weights, but {why}, so nothing says how to unpack them",
-            file=self.source.describe(CONFIG),
-            module=packed,
-        )
+        return unlabeled.refusal(why, self.source.describe(CONFIG), packed, index)
 
     def _is_registered(self) -> bool:
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
         return self.method in AUTO_QUANTIZER_MAPPING
+
+
+def _is_left_to_auto_round(given: Mapping[str, Any], argument: Any, where: str) -> bool:
+    """Whether AutoRound's package reads its checkpoint: it is asked for, or is there and the packing is not GPTQ's."""
+    if given.get("quant_method") != auto_round.METHOD:  # which transformers does not know
+        return False
+    if type(argument).__name__ == "AutoRoundConfig":
+        return True
+    return importlib.util.find_spec("auto_round") is not None and auto_round.refusal(given, where) is not None
 
 
 def remember_source(original: Any) -> Any:
@@ -187,7 +242,12 @@ def remember_source(original: Any) -> Any:
     @functools.wraps(function)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         with _begin(pretrained_model_name_or_path, kwargs):
-            return function(cls, pretrained_model_name_or_path, *args, **kwargs)
+            found = function(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if tokens := switches.number(switches.WARM_UP):
+            from graftq.adapters.transformers.warmup import warm_up_packed  # which few ask for
+
+            warm_up_packed(found[0] if isinstance(found, tuple) else found, tokens)
+        return found
 
     return classmethod(from_pretrained)
 
@@ -207,7 +267,11 @@ def resolve_by(
             if here is None or here.source is None or kwargs.get("gguf_file") is not None:
                 return original(*args, **kwargs)
             if here.config is None:
-                files, metadata = original(*args, **kwargs)
+                try:
+                    files, metadata = original(*args, **kwargs)
+                except OSError:
+                    here.refuse_unfound()
+                    raise
                 here.refuse_unlabeled(files, metadata)
             else:
                 files, metadata = find(here, original, args, kwargs)
@@ -233,15 +297,3 @@ def _begin(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
 def current() -> Loading | None:
     """The innermost ``from_pretrained`` call under way in this context."""
     return _current.get()
-
-
-def _declared(config: Any) -> tuple[Any, Mapping[str, Any] | None]:
-    """The part of a model's configuration that has quantization parameters, or would have them, and these."""
-    for holder in (config, config.get_text_config(decoder=True)):
-        raw = getattr(holder, "quantization_config", None)
-        if raw is not None:
-            raw = raw.to_dict() if hasattr(raw, "to_dict") else raw
-            if not isinstance(raw, Mapping):
-                raise CheckpointError(f"quantization_config is a {type(raw).__name__}, not an object", file=CONFIG)
-            return holder, raw
-    return config, None

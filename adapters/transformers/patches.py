@@ -13,9 +13,11 @@ from typing import Any
 from graftq.adapters.transformers.attention import patch_attention
 from graftq.adapters.transformers.loading import Files, Loading, current, remember_source, resolve_by
 from graftq.adapters.transformers.overwriting import replacing
+from graftq.adapters.transformers.parameters import as_parameters
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
 from graftq.adapters.transformers.registry import GPTQConfig, register
-from graftq.adapters.transformers.saving import write_parameters
+from graftq.adapters.transformers.saving import is_packed, without_label, write_parameters
+from graftq.plugin.checkpoint.unlabeled import packed_name
 from graftq.plugin.patching import replace_attribute
 
 
@@ -27,7 +29,8 @@ def patch_quantizers(module: ModuleType) -> None:
 def patch_modeling(module: ModuleType) -> None:
     """Let loading find ``quantize_config.json`` and weights under AutoGPTQ's names, and saving write the former.
 
-    A packed model that is saved over an older checkpoint takes its place as a whole.
+    A packed model that is saved over an older checkpoint takes its place as a whole, and a float model that was made by
+    a packed one's configuration is saved without its parameters.
     """
     replace_attribute(module.PreTrainedConfig, "save_pretrained", _write_parameters)
     replace_attribute(module.PreTrainedModel, "save_pretrained", _replace_older)
@@ -42,7 +45,7 @@ def _read_configuration(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         loading = current()
         if loading is not None and kwargs.get("gguf_file") is None:
-            loading.read_configuration(config)
+            quantization_config = loading.read_configuration(config, quantization_config)
         return original(config, quantization_config, *args, **kwargs)
 
     return get_hf_quantizer
@@ -73,9 +76,11 @@ def _replace_older(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         passed = signature.bind(self, save_directory, *args, **kwargs).arguments
-        is_packed = isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer)
+        if _is_mislabeled(self):
+            with without_label(self):
+                return original(self, save_directory, *args, **kwargs)
         if (
-            not is_packed
+            not isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer)
             or getattr(self, "_hf_peft_config_loaded", False)  # writes the adapters alone
             or not passed.get("is_main_process", True)
             or passed.get("distributed_checkpoint")
@@ -89,3 +94,21 @@ def _replace_older(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, staged, *args, **kwargs)
 
     return save_pretrained
+
+
+def _is_mislabeled(model: Any) -> bool:
+    """Whether a model's configuration says that it is packed, and nothing in it is, by graftq or by anything else."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    holders = (model.config, model.config.get_text_config(decoder=True))
+    parameters = next((found for each in holders if (found := getattr(each, "quantization_config", None))), None)
+    stated = as_parameters(parameters) or {}
+    method = stated.get("quant_method")
+    if (getattr(method, "value", method) != "gptq" and not isinstance(parameters, GPTQConfig)) or getattr(
+        parameters, "dataset", None
+    ) is not None:
+        return False
+    if quantizer is not None and not isinstance(quantizer, GptqHfQuantizer):
+        return False
+    if is_packed(model, getattr(quantizer, "_origin", None)):
+        return False
+    return packed_name(list(model.state_dict())) is None

@@ -27,14 +27,19 @@ def register(module: ModuleType, quantizer: type[DeferringQuantizer]) -> None:
 
 
 class DeferringQuantizer(HfQuantizer):
-    """Asked for a model that is yet to be quantized, it gives an instance of the stock class instead."""
+    """Asked for a model that is yet to be quantized, it gives an instance of another class instead."""
 
     stock: ClassVar[type[HfQuantizer]]
 
     def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Defer to ``stock`` unless the model is quantized; copying and unpickling pass no arguments."""
+        """Defer unless the model is quantized; copying and unpickling pass no arguments."""
         if kwargs.get("pre_quantized", True):
             return super().__new__(cls)
+        return cls.to_quantize(quantization_config, **kwargs)
+
+    @classmethod
+    def to_quantize(cls, quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+        """What quantizes a model: the stock class."""
         return cls.stock(quantization_config, **kwargs)
 
 
@@ -46,6 +51,7 @@ class GPTQConfig(StockConfig):
 
     def __init__(self, bits: int, **kwargs: Any):
         self._read = {"bits": bits, **kwargs}
+        self._method = "gptq"
         super().__init__(bits, **{key: value for key, value in kwargs.items() if value is not None})
         self.dynamic = kwargs.get("dynamic")
 
@@ -60,15 +66,16 @@ class GPTQConfig(StockConfig):
         made: Any = super().from_dict(known, return_unused_kwargs, **kwargs)
         config = made[0] if return_unused_kwargs else made
         config._read = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        config._method = here.config.method
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters that were read, all of them and no others, unless this is to quantize."""
         if self.dataset is not None:
             whole = super().to_dict()
-            del whole["_read"]
+            del whole["_read"], whole["_method"]
             return whole
-        read = {**copy.deepcopy(self._read), "quant_method": "gptq"}
+        read = {**copy.deepcopy(self._read), "quant_method": self._method}
         if "model_file_base_name" in read:
             read["model_file_base_name"] = "model"  # what transformers calls the weights that it saves
         read.pop("model_basename", None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
+from graftq.adapters.transformers.offloaded import present
 from graftq.adapters.transformers.overwriting import replacing, write_json
+from graftq.adapters.transformers.packed_layers import plain_weight
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -84,6 +87,29 @@ class StoredNames(WeightRenaming):
         return StoredNames(exact, [renaming.reverse_transform() for renaming in self.renamings[::-1]])
 
 
+def is_packed(model: nn.Module, origin: Origin | None = None) -> bool:
+    """Whether a model has packed layers, or what the files of ``origin`` have packed."""
+    layers = any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())
+    return layers or (origin is not None and bool(origin.dequantized))
+
+
+@contextmanager
+def without_label(model: Any) -> Iterator[None]:
+    """Let a float model that was made by a packed one's configuration be saved as what it is.
+
+    Its configuration, which it may share with the packed one, is replaced by a copy as long as this lasts.
+    """
+    own = model.config
+    model.config = copy.deepcopy(own)
+    for holder in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(holder, "quantization_config", None) is not None:
+            del holder.quantization_config
+    try:
+        yield
+    finally:
+        model.config = own
+
+
 def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     """The model's state dict, with packed weights as the checkpoint stores them, by their names in the model.
 
@@ -92,7 +118,7 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if a packed layer is not where it was loaded, or the configuration does not say it is packed.
     """
-    if getattr(model.config, "quantization_config", None) is None:
+    if getattr(model.config, "quantization_config", None) is None and is_packed(model, origin):
         raise ValueError("config.quantization_config is gone, and without it the packed weights cannot be loaded again")
     state = dict(model.state_dict())
     stored: dict[str, torch.Tensor] = {}
@@ -104,14 +130,14 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
                 f"{name} is not where it was loaded, so nothing that loads the model would find it; "
                 "if an adapter surrounds it, save that, or unload() it first"
             )
-        packed = module.packed()
+        packed = present(model, name, module)
         for own in packed:
             del state[f"{name}.{own}"]
         if packed:
-            stored.update(_unpacked(name, module))
+            stored.update(_unpacked(name, module, packed))
     stored.update((name, torch.zeros_like(bias, device="cpu")) for name, bias in origin.idle_biases.items())
     for name, (tensors, spec) in origin.dequantized.items():
-        if _equals(model, f"{name}.weight", dequantize(tensors, spec)):
+        if _equals(model, f"{name}.weight", plain_weight(model.get_submodule(name), tensors, spec)):
             del state[f"{name}.weight"]
             stored.update(_named(name, tensors))
     return state | _own_storage(stored)
@@ -122,13 +148,13 @@ def _is_in_place(name: str, origin: Origin) -> bool:
     return name in origin.plain or container in origin.plain
 
 
-def _unpacked(name: str, module: QuantLinear | QuantExperts) -> dict[str, torch.Tensor]:
+def _unpacked(name: str, module: QuantLinear | QuantExperts, packed: Packed) -> dict[str, torch.Tensor]:
     if isinstance(module, QuantLinear):
-        return _named(name, module.checkpoint_tensors())
+        return _named(name, module.layout.unpack(packed))
     found: dict[str, torch.Tensor] = {}
     for expert in range(module.num_experts):
         for own in module.spec.names:
-            found.update(_named(f"{name}.{expert}.{own}", module.checkpoint_tensors(own, expert)))
+            found.update(_named(f"{name}.{expert}.{own}", module.layout.unpack(packed, own, expert)))
     return found
 
 

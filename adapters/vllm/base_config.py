@@ -59,6 +59,12 @@ class BaseConfig(_QuantizationConfig):
             hub = {**hub, "cache_dir": current.load_config.download_dir}
         return StoredModules(Source(name, hub))
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch that this engine computes at a time; 0 where no engine is being made."""
+        current = stock.get_current_vllm_config_or_none()
+        return 0 if current is None else int(current.scheduler_config.max_num_batched_tokens or 0)
+
     def remember(self, chosen: str) -> None:
         """Make what a layer has become part of the key under which vLLM caches compiled models.
 

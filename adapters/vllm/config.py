@@ -13,6 +13,7 @@ from torch import nn
 from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.base_config import METHOD, BaseConfig
 from graftq.plugin import switches
+from graftq.plugin.checkpoint import auto_round
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, ZERO_OFFSETS, QuantConfig
 
 logger = logging.getLogger("graftq")
@@ -57,11 +58,14 @@ class GraftqConfig(BaseConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Take a checkpoint whose ``config.json`` says "gptq", by naming our method."""
-        if str(hf_quant_cfg.get("quant_method", "")).lower() != "gptq" or user_quant not in OURS_TO_TAKE:
+        """Take a checkpoint whose ``config.json`` says "gptq", or AutoRound's of that packing, by naming our method."""
+        method = str(hf_quant_cfg.get("quant_method", "")).lower()
+        if user_quant not in OURS_TO_TAKE or method not in ("gptq", *auto_round.SPELLINGS):
             return None
         if user_quant == METHOD:
             return METHOD
+        if method != "gptq":
+            return _take_auto_round(hf_quant_cfg)
         layout = str(hf_quant_cfg.get("checkpoint_format") or hf_quant_cfg.get("format") or "gptq").lower()
         if layout not in ZERO_OFFSETS:
             return None
@@ -89,6 +93,20 @@ class GraftqConfig(BaseConfig):
         if projections:
             return GraftqLinearMethod(self, prefix, projections)
         return stock.UnquantizedLinearMethod() if isinstance(layer, stock.LinearBase) else None
+
+
+def _take_auto_round(raw: Mapping[str, Any]) -> str | None:
+    where = "quantization_config"
+    if auto_round.refusal(raw, where) is not None:
+        return None
+    if _only_unsupported():
+        modules = (raw.get("extra_config") or {}).items()
+        quantized = [own for _, own in modules if int(own.get("bits", 0)) < auto_round.UNQUANTIZED]
+        gptq = auto_round.as_gptq(raw, where)
+        takes_all = all(_stock_takes({"desc_act": False, "sym": True, **gptq, **own}) for own in [{}, *quantized])
+        if takes_all and gptq["checkpoint_format"] == "gptq":
+            return None
+    return METHOD
 
 
 def _only_unsupported() -> bool:

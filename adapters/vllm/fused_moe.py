@@ -17,6 +17,7 @@ from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.gpu.warmup import compile_kernels
 from graftq.quant_linear.linear import QuantLinear
 
 NAMES = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
@@ -138,6 +139,7 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
         self.loaders = {}
         packed = QuantExperts(experts, choose_kernel, self.activation)
         packed.bind(self.device.type, self.dtype)
+        compile_kernels(packed, partial(self._call, packed), self.config.most_tokens)
         for name in _parameters():
             if name != "w2_qweight":  # LoRA reads the device from it
                 delattr(layer, name)
@@ -152,6 +154,12 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
             raise CheckpointError("no tensor in the checkpoint for this projection", module=module)
         ((tensors, spec),) = found.shards()
         return QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype)
+
+    def _call(self, packed: QuantExperts, tokens: int) -> torch.Tensor:
+        """With what vLLM's routers give: experts' numbers in int32, weights in float32."""
+        x = torch.empty(tokens, self.hidden, dtype=self.dtype, device=self.device)
+        chosen = torch.zeros(tokens, self.moe.experts_per_token, dtype=torch.int32, device=self.device)
+        return packed(x, chosen, chosen.float())
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's own kernels are not used."""

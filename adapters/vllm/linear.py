@@ -16,6 +16,7 @@ from graftq.adapters.vllm.projection_loader import Cut, ProjectionLoader, inputs
 from graftq.plugin.checkpoint.headers import SUFFIXES
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
+from graftq.quant_linear.gpu.warmup import compile_kernels
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.sharding import join_outputs
 
@@ -154,10 +155,14 @@ class GraftqLinearMethod(_LinearMethodBase):
         layers = [QuantLinear.from_tensors(spec, tensors, choose_kernel, self.dtype) for tensors, spec in shards]
         for packed in layers:
             packed.bind(self.device.type, self.dtype)
+            compile_kernels(packed, partial(self._call, packed), self.config.most_tokens)
         for suffix in TENSORS[1:]:  # LoRA asks `qweight` for the device
             delattr(layer, suffix)
         layer.graftq = nn.ModuleList(layers)
         self.config.remember(f"{self.prefix}: {layers}")
+
+    def _call(self, packed: QuantLinear, tokens: int) -> torch.Tensor:
+        return packed(torch.empty(tokens, packed.in_features, dtype=self.dtype, device=self.device))
 
     def _all(self) -> list[ProjectionLoader]:
         """The loaders in the order of their outputs; each projection must have arrived exactly once."""

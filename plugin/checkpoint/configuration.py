@@ -4,7 +4,7 @@ Both hold the same keys; a checkpoint has one, the other, or both. There is one 
 ``config.json`` counts, as it does for transformers, vLLM and text-generation-inference; ``quantize_config.json`` counts
 where that is absent. Where both are there, both must be sound, and neither may contradict the other in what the tensors
 cannot show. Sources: AutoGPTQ's ``BaseQuantizeConfig``, GPTQModel's ``QuantizeConfig`` (``dynamic``,
-``checkpoint_format``).
+``checkpoint_format``); ``auto_round`` for AutoRound's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from graftq.plugin.checkpoint import auto_round
 from graftq.plugin.checkpoint.fields import Fields, brief
 from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.validation import Declared
@@ -42,6 +43,8 @@ class QuantConfig:
         source: The file the parameters come from, for messages.
         rules: The patterns of ``dynamic``; None if there are none.
         beside: The parameters in the other file, which do not count, but must not contradict.
+        method: "gptq", or "auto-round" where AutoRound's parameters describe GPTQ's tensors.
+        by_module: AutoRound's per-module overrides, which count before ``dynamic``.
     """
 
     declared: Declared
@@ -50,6 +53,8 @@ class QuantConfig:
     source: str = ""
     rules: Rules | None = field(default=None, compare=False)
     beside: QuantConfig | None = None
+    method: str = "gptq"
+    by_module: auto_round.ModuleOverrides | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str) -> QuantConfig:
@@ -58,18 +63,28 @@ class QuantConfig:
         Raises:
             CheckpointError: for another method or format than GPTQ's, and for values out of range.
         """
-        fields = Fields(raw, source)
         method = read_method(raw, source)
-        if method != "gptq":
+        by_module = None
+        if method == auto_round.METHOD:
+            by_module = auto_round.ModuleOverrides.read(raw, source)
+            for key, overrides in by_module.overrides.items() if by_module else ():
+                _overridden(Declared(), Fields(overrides, source, auto_round.within(key)))
+            raw = auto_round.as_gptq(raw, source)
+        elif method != "gptq":
             raise CheckpointError(f"quant_method is {brief(method)}, not 'gptq'", file=source)
-        declared = replace(_overridden(Declared(), fields), zero_offset=ZERO_OFFSETS[_format(fields)])
+        fields = Fields(raw, source)
+        zero_offset = ZERO_OFFSETS[_format(fields)]
+        if raw.get("rotation"):  # GPTQModel's: the layers before have been rotated, down_proj's inputs are at run time
+            raise fields.fail("rotation", ": inputs are to be rotated at run time; not GPTQ's format")
+        declared = replace(_overridden(Declared(), fields), zero_offset=zero_offset)
         if declared.bits is None:
             raise CheckpointError("bits missing", file=source)
         dynamic, rules = _dynamic(raw.get("dynamic"), source)
         stems = [fields.file_stem(key) for key in ("model_file_base_name", "model_basename")]
         group_size = -1 if declared.group_size is None else declared.group_size
         stems.append(autogptq_stem(declared.bits, group_size))
-        return cls(declared, dynamic, tuple(dict.fromkeys(stem for stem in stems if stem)), source, rules)
+        names = tuple(dict.fromkeys(stem for stem in stems if stem))
+        return cls(declared, dynamic, names, source, rules, method=method, by_module=by_module)
 
     @classmethod
     def from_files(cls, written: Mapping[str, Mapping[str, Any]], source: Source) -> QuantConfig:
@@ -107,16 +122,19 @@ class QuantConfig:
         return next(name for name, offset in ZERO_OFFSETS.items() if offset == self.declared.zero_offset)
 
     def for_module(self, name: str) -> Declared:
-        """What is declared for the module of that name in the checkpoint, ``dynamic`` included.
+        """What is declared for the module of that name in the checkpoint, per-module overrides included.
 
         Raises:
-            CheckpointError: if a pattern of ``dynamic`` takes too long to match.
+            CheckpointError: if a pattern of theirs takes too long to match.
         """
         declared = self.declared
         number = self.rules.find(name) if self.rules else None
-        if number is not None:
-            pattern, overrides = list(self.dynamic.items())[number]
-            declared = _overridden(declared, Fields(overrides, self.source, _within(pattern)))
+        if self.rules and number is not None:
+            pattern = self.rules.patterns[number]
+            declared = _overridden(declared, Fields(self.dynamic[pattern], self.source, _within(pattern)))
+        if self.by_module and (found := self.by_module.find(name)):
+            key, overrides = found
+            declared = _overridden(declared, Fields(overrides, self.source, auto_round.within(key)))
         if self.beside is not None:
             other = self.beside.for_module(name).desc_act
             if other != declared.desc_act:
@@ -126,7 +144,7 @@ class QuantConfig:
 
 
 def read_method(raw: Mapping[str, Any], source: str) -> str:
-    """The quantization method that parameters name, in lower case; "gptq" if they name none.
+    """The quantization method that parameters name, in lower case; "gptq" if they name none, one name for AutoRound.
 
     bitsandbytes' switches come before any name, as they do in transformers.
 
@@ -137,7 +155,8 @@ def read_method(raw: Mapping[str, Any], source: str) -> str:
     named = [method for key in ("quant_method", "method") if (method := fields.word(key))]
     if raw.get("load_in_4bit") or raw.get("load_in_8bit"):
         return "bitsandbytes"
-    return named[0] if named else "gptq"
+    method = named[0] if named else "gptq"
+    return auto_round.METHOD if method in auto_round.SPELLINGS else method
 
 
 def read_written(
@@ -203,7 +222,8 @@ def _format(fields: Fields) -> str:
     name = next(iter(names), "gptq")
     if name not in ZERO_OFFSETS:
         known = " and ".join(ZERO_OFFSETS)
-        raise CheckpointError(f"checkpoint_format is {brief(name)}; graftq reads {known}", file=fields.file)
+        what = ", GPTQModel's planar packing for 5 to 7 bits, codes split into bit planes" if name == "gptq_p" else ""
+        raise CheckpointError(f"checkpoint_format is {brief(name)}{what}; graftq reads {known}", file=fields.file)
     return name
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graftq.plugin.checkpoint import weight_files
+from graftq.plugin.checkpoint import unlabeled, weight_files
 from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, parse_entry
 from graftq.plugin.checkpoint.json_files import read_object
@@ -54,6 +54,8 @@ def inspect(source: Source) -> Inspection:
     _check_exists(source)
     raw = read_written(source)
     if not raw:
+        if packed := unlabeled.find_packed(source, allows_pickles=False):
+            raise unlabeled.refusal(f"there is no {QUANTIZE_CONFIG}", source.describe(CONFIG), *packed)
         raise CheckpointError(
             f"not a GPTQ checkpoint: no quantization_config in {CONFIG}, and no {QUANTIZE_CONFIG}",
             file=source.describe(""),

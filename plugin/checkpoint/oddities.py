@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from graftq.plugin.checkpoint import auto_round
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG
 
 if TYPE_CHECKING:
@@ -41,9 +42,15 @@ def _files(found: Inspection) -> Iterator[str]:
 
 def _parameters(found: Inspection) -> Iterator[str]:
     raw = found.raw[next(iter(found.raw))]
+    if found.config.method == auto_round.METHOD:
+        yield f"the parameters are AutoRound's, and the packing is that of format {found.config.format}"
+    if found.config.by_module:
+        yield f"extra_config has {len(found.config.by_module.overrides)} entries that override parameters by module"
+    if raw.get("activation"):
+        yield "activation: made for quantized activations; graftq leaves these as they are"
     if found.config.declared.zero_offset == 0:
         yield "format gptq_v2: zero points are stored as they are, not less one"
-    if "desc_act" not in raw:
+    if "desc_act" not in raw and found.config.method == "gptq":
         yield "desc_act is not stated"
     if found.config.dynamic:
         yield f"{len(found.config.dynamic)} dynamic rules override parameters by module"

@@ -19,6 +19,7 @@ from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
 from graftq.quant_linear.gpu.tiled_layout import PADDED_N, TiledLayout
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.row_order import can_multiply_as_one
+from graftq.quant_linear.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def join_siblings(layers: Sequence[QuantLinear]) -> bool:
     if len(layers) < 2 or not _can_join(layers):
         return False
     for name, dimension in _SIDE_BY_SIDE.items():
-        tensors = [layer._parameters.get(name) for layer in layers]
+        tensors = [layer.packed().get(name) for layer in layers]
         if tensors[0] is None:
             continue
         whole = torch.cat([tensor for tensor in tensors if tensor is not None], dimension)
@@ -56,21 +57,22 @@ def join_siblings(layers: Sequence[QuantLinear]) -> bool:
 
 def _can_join(layers: Sequence[QuantLinear]) -> bool:
     first = layers[0]
-    g_idx, kind = first._parameters.get("g_idx"), _kind(first)
+    g_idx, kind = first.packed().get("g_idx"), _kind(first)
     return all(
         layer.shared is None
         and isinstance(layer.layout, TiledLayout)
         and _kind(layer) == kind
         and layer.spec.padded_out == layer.spec.out_features
         and layer.spec.out_features % PADDED_N == 0
-        and can_multiply_as_one(first.spec, g_idx, layer.spec, layer._parameters.get("g_idx"))
+        and can_multiply_as_one(first.spec, g_idx, layer.spec, layer.packed().get("g_idx"))
         for layer in layers
     )
 
 
 def _kind(layer: QuantLinear) -> tuple[object, ...]:
     """What the kernel wants joined layers to have in common, besides what one product needs anyway."""
-    tensors = [layer._parameters.get(name) for name in ("codes", "scales", "bias")]
+    packed = layer.packed()
+    tensors = [packed.get(name) for name in ("codes", "scales", "bias")]
     stored = [None if tensor is None else (tensor.device, tensor.dtype) for tensor in tensors]
     return (type(layer.provider), layer.dtype, layer.spec.sym, layer.spec.has_bias, layer.form, *stored)
 
@@ -128,6 +130,10 @@ class SiblingProduct:
                 return outputs[place]
         self.dissolve("they are not called one after the other with the same input")
         return layer.multiply(x, layer.spec)
+
+    def spec_at(self, place: int) -> QuantSpec | None:
+        """All layers' outputs at the first place, nothing at the others."""
+        return self._spec if place == 0 else None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which weak references do not survive."""

@@ -99,3 +99,41 @@ REFUSED = {
 def test_refused_by_name(pattern: str) -> None:
     with pytest.raises(CheckpointError, match=f"f: dynamic rule .*{REFUSED[pattern]}"):
         Rules([pattern], "f")
+
+
+RULE_FOR_EVERY_MODULE = {
+    "escaped": r"+:^model\.layers\.{layer}\.mlp\.experts\.{expert}\.w1$",
+    "anywhere": r"-:.*\.layers\.{layer}\..*experts\.{expert}\.w1.*",
+    "as written": "model.layers.{layer}.mlp.experts.{expert}.w1",
+}
+
+
+@pytest.mark.parametrize("form", RULE_FOR_EVERY_MODULE)
+def test_a_rule_for_every_module_is_fast(form: str) -> None:
+    places = [(number // 8, number % 8) for number in range(1000)]
+    began = time.process_time()
+    rules = Rules([RULE_FOR_EVERY_MODULE[form].format(layer=layer, expert=expert) for layer, expert in places], "f")
+    found = [rules.find(f"model.layers.{layer}.mlp.experts.{expert}.w1") for layer, expert in places]
+    assert found == list(range(1000))
+    assert time.process_time() - began < 5
+
+
+def test_all_patterns_and_names_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftq.plugin.checkpoint.rules.WORK_LIMIT", 2_000_000)
+    rules = Rules([".*" * (3 + number % 40) + f"[{chr(0x100 + number)}!]" for number in range(100)], "f")
+    found = (rules.find(f"model.layers.{number}.mlp.up_proj") for number in range(100_000))
+    with pytest.raises(CheckpointError, match=r"f: dynamic rule '\.\*\.\*.* takes too long to match"):
+        any(found)
+
+
+def test_too_many_patterns_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftq.plugin.checkpoint.rules.WORK_LIMIT", 2_000_000)
+    with pytest.raises(CheckpointError, match=r"f: dynamic rule .* and those before it are too many to be read"):
+        Rules(["(?:a?){300}a{300}"] * 5000, "f")
+
+
+def test_a_name_is_matched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftq.plugin.checkpoint.rules.WORK_LIMIT", 20_000)
+    rules = Rules([".*[0-9]+[!?]"], "f")
+    for _ in range(1000):
+        assert rules.find("model.layers.0.mlp.up_proj") is None

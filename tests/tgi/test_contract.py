@@ -100,6 +100,24 @@ def test_rows_add_up(llama: Path, count: int) -> None:
     assert close(found, functional.linear(x, twin(llama)[f"{MLP}.down_proj.weight"]))
 
 
+def test_auto_round(changed: Path) -> None:
+    stated = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    edit_config(changed, **stated, desc_act=None, checkpoint_format=None)
+    name, x = f"{MLP}.up_proj", torch.randn(5, 64)
+    with installed(changed) as server:
+        weights = Weights(
+            changed / "model.safetensors", make_loader(server, changed, quant_method="auto-round"), Group()
+        )
+        layer = weights.loader.get_weights(weights, name).get_linear(None)
+    assert close(layer(x), functional.linear(x, twin(changed)[f"{name}.weight"]))
+
+
+def test_auto_rounds_other_packings(changed: Path) -> None:
+    edit_config(changed, quant_method="auto-round", packing_format="auto_round:auto_awq")
+    with installed(changed) as server, pytest.raises(CheckpointError, match="AWQ's packing"):
+        make_loader(server, changed, quant_method="auto-round")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_columns_of_a_packed_projection(count: int, tmp_path: Path) -> None:
     model = write_pair(tmp_path, tiny("phi3", num_key_value_heads=4), Recipe())

@@ -58,7 +58,8 @@ def test_dtype(dtype: Any, originals: dict[str, Path]) -> None:
     model = load(originals["mixtral"], dtype=dtype)
     wanted = torch.float32 if dtype in ("auto", "float32") else dtype
     assert model.dtype == wanted
-    assert {p.dtype for p in model.parameters() if p.ndim == 2 and p.is_floating_point()} == {wanted, torch.float16}
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+    assert {each.dtype for name, each in model.named_buffers() if name.endswith(".scales")} == {torch.float16}
     twin = load(originals["mixtral"].parent / "float")
     assert relative_error(logits(model), logits(twin)) < (1e-5 if wanted == torch.float32 else 0.1)
 
@@ -74,10 +75,10 @@ def test_gptq_config_with_loading_attributes(originals: dict[str, Path]) -> None
     assert model.config.quantization_config.group_size == 32
 
 
-def test_gptq_config_for_quantising_goes_to_the_stock_class(originals: dict[str, Path]) -> None:
-    # Whichever it lacks first.
-    with pytest.raises((ImportError, RuntimeError), match=r"optimum|gptqmodel|GPU is required"):
-        load(originals["llama"].parent / "float", quantization_config=GPTQConfig(bits=4, dataset=["a text"]))
+def test_gptq_config_for_quantizing_with_a_backend_goes_to_the_stock_class(originals: dict[str, Path]) -> None:
+    config = GPTQConfig(bits=4, dataset=["a text"], backend="auto_trainable")
+    with pytest.raises((ImportError, RuntimeError), match=r"optimum|gptqmodel|GPU is required"):  # what it lacks first
+        load(originals["llama"].parent / "float", quantization_config=config)
 
 
 def test_a_good_checkpoint_prints_no_warning(copy: Copy, caplog: pytest.LogCaptureFixture) -> None:

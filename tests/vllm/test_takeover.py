@@ -147,3 +147,30 @@ def test_damaged_parameters(config: Any) -> None:
 def test_config_goes_to_workers(config: Any) -> None:
     sent = pickle.loads(pickle.dumps(config.from_config(ACT_ORDER)))
     assert sent.gptq.declared.desc_act
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128}
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_round:gptqmodel"])
+@pytest.mark.parametrize("asked", [None, "gptq", "graftq"])
+def test_takes_auto_rounds_of_gptqs_packing(config: Any, packing: str, asked: str | None) -> None:
+    raw = {**AUTO_ROUND, "packing_format": packing, "extra_config": {"lm_head": {"bits": 8}}}
+    assert config.override_quantization_method(raw, asked) == "graftq"
+    assert config.from_config(raw).gptq.for_module("lm_head").bits == 8
+
+
+@pytest.mark.parametrize(
+    "changes", [{"packing_format": "auto_round:auto_awq"}, {"data_type": "mx_fp"}, {"act_bits": 8}]
+)
+def test_leaves_auto_rounds_other_packings(config: Any, changes: dict[str, Any]) -> None:
+    assert config.override_quantization_method({**AUTO_ROUND, **changes}, None) is None
+    assert config.override_quantization_method(AUTO_ROUND, "inc") is None
+
+
+def test_only_unsupported_of_auto_rounds(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTQ_VLLM", "unsupported")
+    assert config.override_quantization_method(AUTO_ROUND, None) is None
+    assert config.override_quantization_method({**AUTO_ROUND, "extra_config": {"a": {"bits": 16}}}, None) is None
+    for changes in ({"packing_format": "auto_round:gptqmodel"}, {"bits": 3}, {"extra_config": {"a": {"bits": 2}}}):
+        assert config.override_quantization_method({**AUTO_ROUND, **changes}, None) == "graftq"

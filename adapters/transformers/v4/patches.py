@@ -41,7 +41,9 @@ def _read_configuration(original: Any) -> Any:
             kwargs["config"] = config = copy.deepcopy(config)
             loading = current()
             assert loading is not None  # this call's own
-            loading.read_configuration(config)
+            argument = loading.read_configuration(config, kwargs.get("quantization_config"))
+            if argument is None:
+                kwargs.pop("quantization_config", None)
         return function(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     return remember_source(classmethod(from_pretrained))

@@ -1,0 +1,65 @@
+"""What a packed layer and packed experts have in common: tensors that are no weights in the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from graftq.quant_linear.layouts import Packed
+
+Own = TypeVar("Own", bound="PackedModule")
+
+
+class PackedModule(nn.Module):
+    """A module whose packed tensors follow it to a device, and keep their dtypes whatever the module is cast to.
+
+    They are buffers: programs loop over parameters to cast them, some of them by their number of dimensions.
+
+    Attributes:
+        dtype: The model's, which a plain weight in the module's place would have; it follows casts.
+        keeps_dtype: Whether the model wants this module in :attr:`dtype` even if it is in a narrower one itself: then
+            activations are widened to it, and no cast narrows it.
+    """
+
+    dtype: torch.dtype
+    keeps_dtype: bool = False
+
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations as the module computes with them; under autocast they are what that makes of them."""
+        if not self.keeps_dtype or x.itemsize >= self.dtype.itemsize or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.dtype)
+
+    def packed(self) -> Packed:
+        """The packed tensors by name, in the current layout."""
+        raise NotImplementedError
+
+    def hold(self, packed: Mapping[str, torch.Tensor]) -> None:
+        """Take tensors of the current layout, in the place of those of the same names."""
+        for name, tensor in packed.items():
+            self._parameters.pop(name, None)
+            self.register_buffer(name, tensor.detach())
+
+    def _apply(self: Own, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Own:
+        """Move or cast the tensors; of the packed ones, none is cast."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        packed = list(self.packed().values())
+        kept = {id(tensor) for tensor in packed}
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            if id(tensor) not in kept or applied.dtype == tensor.dtype:
+                return applied
+            return tensor.to(applied.device)
+
+        super()._apply(apply, recurse=False)
+        if packed:
+            dtype = fn(torch.empty(0, dtype=self.dtype, device=packed[0].device)).dtype
+            if not self.keeps_dtype or dtype.itemsize > self.dtype.itemsize:
+                self.dtype = dtype
+        return self
