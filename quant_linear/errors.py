@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LONGEST = 300
-"""Characters of a name that a message shows."""
+LONGEST_NAME = 300
+"""Characters of a tensor's or module's name that a message shows."""
+
+LONGEST_REASON = 2000
+"""Characters of a reason, which may quote names and values from files, that a message shows."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded right, and therefore is not loaded at all.
 
-    The message is one line of printable characters, whatever names the checkpoint uses.
+    The message is one line of printable characters, and not a long one, whatever names the checkpoint uses.
 
     Attributes:
         reason: What is wrong, in words a user can act on.
@@ -23,21 +26,34 @@ class CheckpointError(ValueError):
         self.reason = reason
         self.file = None if file is None else str(file)
         self.module = module
-        name = f"{module[:LONGEST]}..." if module and len(module) > LONGEST else module
-        super().__init__(printable(": ".join(part for part in (self.file, name, reason) if part)))
+        name, why = printable(module or "", LONGEST_NAME), printable(reason, LONGEST_REASON)
+        super().__init__(": ".join(part for part in (printable(self.file or ""), name, why) if part))
 
     def __reduce__(self):  # keyword-only arguments do not survive the default pickling
         return (_rebuild, (self.reason, self.file, self.module))
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int | None = None) -> str:
     """The text with control characters, line breaks and the like escaped as in Python's literals.
 
     Names in a checkpoint may hold any of these, and a terminal would obey them.
+
+    Args:
+        text: Any text.
+        longest: Characters that the result may have, plus those of the mark where the middle has been left out.
     """
+    text = _shortened(text, longest)
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    escaped = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return _shortened(escaped, longest)
+
+
+def _shortened(text: str, longest: int | None) -> str:
+    """Without its middle: what a message says of a value stands before it, and after it."""
+    if longest is None or len(text) <= longest:
+        return text
+    return f"{text[: longest - longest // 4]} ... {text[-(longest // 4) :]}"
 
 
 def _rebuild(reason: str, file: str | None, module: str | None) -> CheckpointError:

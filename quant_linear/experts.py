@@ -100,6 +100,7 @@ class QuantExperts(PackedModule):
         self.layout: ExpertsLayout = SeparateLayout(self.spec)
         self._choose_linear = projections["down_proj"][0].choose
         self.dtype = projections["down_proj"][0].dtype
+        self.keeps_dtype = projections["down_proj"][0].keeps_dtype
         self.form: Hashable = None
         self._packed_names: tuple[str, ...] = ()
         self._kernels: ExpertsKernels | None = None
@@ -140,6 +141,7 @@ class QuantExperts(PackedModule):
         Returns:
             [tokens, hidden] in the dtype of ``hidden_states``; the sum is taken in float32.
         """
+        hidden_states = self.widened(hidden_states)
         if self._bound_to != (hidden_states.device.type, hidden_states.dtype, self.separate):
             self.bind(hidden_states.device.type, hidden_states.dtype)
         assert self._kernels is not None
@@ -224,12 +226,13 @@ class QuantExperts(PackedModule):
         return child
 
     def _separate(self, take: Callable[[str, int], GptqTensors], expert: int) -> QuantExpert:
-        return QuantExpert(
-            {
-                name: QuantLinear.from_tensors(specs[expert], take(name, expert), self._choose_linear, self.dtype)
-                for name, specs in self.spec.projections
-            }
-        )
+        layers = {
+            name: QuantLinear.from_tensors(specs[expert], take(name, expert), self._choose_linear, self.dtype)
+            for name, specs in self.spec.projections
+        }
+        for layer in layers.values():
+            layer.keeps_dtype = self.keeps_dtype
+        return QuantExpert(layers)
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor | None]:

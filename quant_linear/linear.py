@@ -82,7 +82,12 @@ class QuantLinear(PackedModule):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same."""
+        """Multiply; ``x`` [..., in_features] in the model's dtype, returns [..., out_features] in the same.
+
+        A layer that :attr:`keeps_dtype` takes narrower ones, too, and returns its own.
+        """
+        if self.keeps_dtype:
+            x = self.widened(x)
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
         shared = self.shared  # read once: another thread may dissolve it

@@ -20,9 +20,18 @@ class PackedModule(nn.Module):
 
     Attributes:
         dtype: The model's, which a plain weight in the module's place would have; it follows casts.
+        keeps_dtype: Whether the model wants this module in :attr:`dtype` even if it is in a narrower one itself: then
+            activations are widened to it, and no cast narrows it.
     """
 
     dtype: torch.dtype
+    keeps_dtype: bool = False
+
+    def widened(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations as the module computes with them; under autocast they are what that makes of them."""
+        if not self.keeps_dtype or x.itemsize >= self.dtype.itemsize or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.dtype)
 
     def packed(self) -> Packed:
         """The packed tensors by name, in the current layout."""
@@ -50,5 +59,7 @@ class PackedModule(nn.Module):
 
         super()._apply(apply, recurse=False)
         if packed:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=packed[0].device)).dtype
+            dtype = fn(torch.empty(0, dtype=self.dtype, device=packed[0].device)).dtype
+            if not self.keeps_dtype or dtype.itemsize > self.dtype.itemsize:
+                self.dtype = dtype
         return self

@@ -38,10 +38,11 @@ def dequantize_model(model: Any, origin: Origin, dtype: torch.dtype | None) -> A
     dtype = old if dtype is None else _as_dtype(dtype)
     for name, module in found:
         plain = origin.plain.pop(_plain_name(name))
+        own = module.dtype if module.keeps_dtype else dtype
         if isinstance(module, QuantLinear):
-            _fill_linear(plain, module, dtype)
+            _fill_linear(plain, module, own)
         else:
-            _fill_experts(plain, module, dtype)
+            _fill_experts(plain, module, own)
         _take_over(plain, module)
         model.set_submodule(name, plain)
     if dtype != old:

@@ -7,7 +7,7 @@ every renaming transformers knows is honored; experts' names are then derived fr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from graftq.adapters.transformers.packed_layers import PlacedProjection, check_all_values, features
 from graftq.plugin.checkpoint.configuration import QuantConfig
-from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex
+from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 
@@ -80,12 +80,17 @@ def place_projections(model: Any, index: CheckpointIndex, config: QuantConfig, c
             raise CheckpointError(
                 f"this and {twin} are both {target}", file=next(iter(infos.values())).file, module=stored
             )
-        spec = spec_from_headers(stored, infos, config.for_module(stored), *finder.features(target, container))
+        spec = spec_from_headers(stored, infos, config.for_module(stored), *finder.features(target, container, infos))
         plan.projections[target] = PlacedProjection(stored, infos, spec, container)
     plan.renamings = finder.renamings
     _check_experts(model, plan)
     check_all_values(plan.projections, index, config, model.config.dtype)
     return plan
+
+
+def finder(model: nn.Module, conversions: Iterable[Any]) -> Callable[[str], tuple[str, str] | None]:
+    """From stored names to the modules they mean and the experts modules that hold these (or ""); None for none."""
+    return _Finder(model, CheckpointIndex({}), list(conversions)).place
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -106,7 +111,7 @@ class _Finder:
         self.modules = dict(model.named_modules())
         self.base = getattr(model, "base_model_prefix", "")
         self.stock = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self.aliases = ALIASES | _derive_aliases(conversions)
+        self.aliases = ALIASES | expert_aliases(conversions)
         self.renamings: dict[str, str] = {}
         # Biases of all experts in one tensor, as GPT-OSS stores them, beside packed weights expert by expert.
         self.fused_biases = {
@@ -153,10 +158,11 @@ class _Finder:
             self.renamings[rf"{pattern}\.(?={'|'.join(SUFFIXES)})"] = rf".{leaf}.\1.{canonical}."
         return f"{container}.{number}.{canonical}", container
 
-    def features(self, target: str, container: str) -> tuple[int, int, bool]:
+    def features(self, target: str, container: str, infos: Mapping[str, TensorInfo]) -> tuple[int, int, bool]:
         """``(in_features, out_features, has_bias)`` of the module at ``target``."""
         if not container:
-            return features(self.modules[target])
+            scales = infos.get("scales")
+            return features(self.modules[target], scales.shape[-1] if scales and scales.shape else 0)
         experts = self.modules[container]
         projection = target.rpartition(".")[2]
         gated = hasattr(experts, "gate_up_proj")
@@ -174,7 +180,7 @@ def _has_matrix(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
 
 
-def _derive_aliases(conversions: list[Any]) -> dict[str, str]:
+def expert_aliases(conversions: list[Any]) -> dict[str, str]:
     """Expert projection names from the model's converters: ``experts.*.w1.weight`` -> ``experts.gate_up_proj``."""
     found = {}
     for converter in conversions:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.base import HfQuantizer
 
 from graftq.adapters.transformers import loading, tensor_parallel
 from graftq.adapters.transformers.attention import mark_attention
@@ -16,6 +18,8 @@ from graftq.adapters.transformers.dequantizing import dequantize_model
 from graftq.adapters.transformers.packed_layers import (
     PlacedProjection,
     bind,
+    ignore_prediction_layers,
+    kept_dtype,
     packed_modules,
     refuse_holes,
     refuse_unplaced,
@@ -47,6 +51,15 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._origin = Origin()
         self._is_distributed = False
 
+    @classmethod
+    def to_quantize(cls, quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+        """graftq's own; the stock class for a configuration that names a backend, as only GPTQModel has any."""
+        from graftq.adapters.transformers.making.door import MakingQuantizer  # which makes models of this class
+
+        if getattr(quantization_config, "backend", None) not in (None, "auto"):
+            return super().to_quantize(quantization_config, **kwargs)
+        return MakingQuantizer(quantization_config, **kwargs)
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         current = loading.current()
         config = current.config if current and current.config else self._own_config()
@@ -62,6 +75,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._model = model
         self._plan = place_projections(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
         self._origin = Origin()
+        ignore_prediction_layers(model, self._index)
         self._dense = swap_modules(model, self._plan, self._origin.plain)
         parameters: Any = self.quantization_config
         parameters.complete(projection.spec for projection in self._plan.projections.values())
@@ -165,16 +179,37 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._dense, self._dtypes = {}, {}
         self._give_to_parts(model)
 
+    def adopt(self, model: Any, plan: Placement, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take a float model over, as if it had been loaded packed.
+
+        Args:
+            model: The model; what the plan names is replaced, and its weights are let go.
+            plan: What goes where, under which stored names.
+            tensors: The packed tensors of each target, by suffix, on its device.
+        """
+        if getattr(model, "_weight_conversions", None) is None:
+            model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        self._plan = plan
+        swap_modules(model, plan, self._origin.plain)
+        for stock in self._origin.plain.values():
+            for name, parameter in stock.named_parameters(recurse=False):
+                setattr(stock, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+        for target, packed in tensors.items():
+            model.get_submodule(target).hold(packed)
+        self._process_model_after_weight_loading(model)
+
     def _restore_dtypes(self, model: Any) -> None:
         """Cast what is not in the dtype of the skeleton: transformers 5.16 leaves renamed tensors in the file's.
 
+        Packed tensors have the files' dtypes there; in a module that is kept in float32, transformers has widened them.
         Offloaded weights are cast when they are brought in, to the dtype of what stands in for them.
         """
         kept = model._get_dtype_plan(model.config.dtype)  # what a model keeps in float32, whatever its dtype
+        packed = {f"{target}.{suffix}" for target, one in self._plan.projections.items() for suffix in one.infos}
         for name, parameter in model.named_parameters():
             wanted = self._dtypes.get(name, parameter.dtype)
-            for pattern, dtype in kept.items():
-                wanted = dtype if re.search(pattern.replace("*", ".*"), name) else wanted
+            if name not in packed:
+                wanted = kept_dtype(kept, name) or wanted
             if parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 

@@ -27,14 +27,19 @@ def register(module: ModuleType, quantizer: type[DeferringQuantizer]) -> None:
 
 
 class DeferringQuantizer(HfQuantizer):
-    """Asked for a model that is yet to be quantized, it gives an instance of the stock class instead."""
+    """Asked for a model that is yet to be quantized, it gives an instance of another class instead."""
 
     stock: ClassVar[type[HfQuantizer]]
 
     def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Defer to ``stock`` unless the model is quantized; copying and unpickling pass no arguments."""
+        """Defer unless the model is quantized; copying and unpickling pass no arguments."""
         if kwargs.get("pre_quantized", True):
             return super().__new__(cls)
+        return cls.to_quantize(quantization_config, **kwargs)
+
+    @classmethod
+    def to_quantize(cls, quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+        """What quantizes a model: the stock class."""
         return cls.stock(quantization_config, **kwargs)
 
 

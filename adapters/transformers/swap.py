@@ -11,13 +11,12 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
-from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases
+from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases, kept_dtype, plain_weight
 from graftq.adapters.transformers.placement import Placement
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -34,31 +33,36 @@ def swap_modules(model: Any, plan: Placement, plain: dict[str, nn.Module]) -> di
         these are to be dequantized while loading.
     """
     dense = {}
+    dtype = model.config.dtype
+    kept = model._get_dtype_plan(dtype)
     for target, projection in plan.projections.items():
         if projection.container:
             continue
         stock = model.get_submodule(target)
         if isinstance(stock, (nn.Linear, Conv1D)):
             plain[target] = stock
-            model.set_submodule(target, projection.empty(model.config.dtype))
+            model.set_submodule(target, projection.empty(dtype, kept_dtype(kept, f"{target}.weight")))
             model.all_tied_weights_keys.pop(f"{target}.weight", None)
         else:
             dense[target] = projection
     for container, found in plan.containers().items():
         plain[container] = model.get_submodule(container)
-        model.set_submodule(container, _experts(plain[container], found, model.config.dtype))
+        wanted = kept_dtype(kept, f"{container}.down_proj")
+        model.set_submodule(container, _experts(plain[container], found, dtype, wanted))
     idle = idle_biases(plan.projections, model.base_model_prefix)
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *idle}
     return dense
 
 
-def _experts(stock: Any, found: Mapping[str, PlacedProjection], dtype: torch.dtype) -> QuantExperts:
+def _experts(
+    stock: Any, found: Mapping[str, PlacedProjection], dtype: torch.dtype, kept: torch.dtype | None
+) -> QuantExperts:
     """Rebuild an experts module around packed projections; gating, activation and norm stay the model's own."""
     gated = hasattr(stock, "gate_up_proj")
     projections: dict[str, dict[str, QuantLinear]] = {}
     for name, projection in found.items():
         number, _, own = name.partition(".")
-        projections.setdefault(number, {})[own] = projection.empty(dtype)
+        projections.setdefault(number, {})[own] = projection.empty(dtype, kept)
     # Where the files hold one bias tensor for all experts, it stays what it is in the model.
     up, down = "gate_up_proj" if gated else "up_proj", "down_proj"
     packed_biases = {name.endswith(f".{down}") for name, projection in found.items() if projection.spec.has_bias}
@@ -112,6 +116,6 @@ class Dequantize(ConversionOps):
         name = kwargs["full_layer_name"]
         module = name.removesuffix(".weight")
         packed, spec = GptqTensors(**tensors), self.specs[module]
-        weight = dequantize(packed, spec)
+        weight = plain_weight(kwargs["model"].get_submodule(module), packed, spec)
         self.kept[module] = GptqTensors(**{name: tensor.cpu() for name, tensor in tensors.items()}), spec
         return {target_patterns[0]: weight.to(kwargs["model"].get_parameter(name).dtype).contiguous()}

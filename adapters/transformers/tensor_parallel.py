@@ -143,7 +143,9 @@ def _cut_inputs(layer: QuantLinear, split: bool, part: TensorSlice) -> QuantLine
 
 def _layer(shard: Shard, like: QuantLinear) -> QuantLinear:
     tensors, spec = shard
-    return QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
+    layer = QuantLinear.from_tensors(spec, tensors, like.choose, like.dtype)
+    layer.keeps_dtype = like.keeps_dtype
+    return layer
 
 
 def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:

@@ -87,10 +87,13 @@ class CheckpointIndex:
         A projection is quantized if the files say so, that is, if any GPTQ tensor bears its name.
 
         Raises:
-            CheckpointError: if a projection is there twice, packed and as a plain weight.
+            CheckpointError: if a projection is there twice, packed and as a plain weight, or if it has no name.
         """
         packed = self.packed()
         for module, parts in packed.items():
+            if not module:
+                info = next(iter(parts.values()))
+                raise CheckpointError("a packed tensor of no module", file=info.file, module=info.name)
             if f"{module}.weight" in self.tensors:
                 reason = "both packed and as a plain weight, and nothing says which one counts"
                 raise CheckpointError(reason, file=next(iter(parts.values())).file, module=module)

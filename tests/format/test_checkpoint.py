@@ -89,3 +89,22 @@ def test_errors_survive_pickling() -> None:
     error = CheckpointError("why", file="f", module="m")
     copied = pickle.loads(pickle.dumps(error))
     assert (str(copied), copied.file, copied.module, copied.reason) == ("f: m: why", "f", "m", "why")
+
+
+@pytest.mark.parametrize("prefix", ["", "."])
+def test_a_packed_tensor_of_no_module(prefix: str, tmp_path: Path) -> None:
+    save_file({f"{prefix}qweight": torch.zeros(4, 8, dtype=torch.int32)}, tmp_path / "m.safetensors")
+    index = CheckpointIndex.open([str(tmp_path / "m.safetensors")])
+    with pytest.raises(CheckpointError, match=r"qweight: a packed tensor of no module"):
+        index.projections()
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\n", "\ud800", "\U000e0001", "\u202e"], ids=ascii)
+def test_messages_are_short_and_printable(letter: str) -> None:
+    error = CheckpointError(f"before {letter * 50_000} after", file=f"f{letter}", module=letter * 50_000)
+    message = str(error)
+    assert message.isprintable()
+    assert len(message) < 2500
+    assert "before" in message
+    assert message.endswith(" after")
+    assert error.module == letter * 50_000

@@ -75,10 +75,10 @@ def test_gptq_config_with_loading_attributes(originals: dict[str, Path]) -> None
     assert model.config.quantization_config.group_size == 32
 
 
-def test_gptq_config_for_quantising_goes_to_the_stock_class(originals: dict[str, Path]) -> None:
-    # Whichever it lacks first.
-    with pytest.raises((ImportError, RuntimeError), match=r"optimum|gptqmodel|GPU is required"):
-        load(originals["llama"].parent / "float", quantization_config=GPTQConfig(bits=4, dataset=["a text"]))
+def test_gptq_config_for_quantizing_with_a_backend_goes_to_the_stock_class(originals: dict[str, Path]) -> None:
+    config = GPTQConfig(bits=4, dataset=["a text"], backend="auto_trainable")
+    with pytest.raises((ImportError, RuntimeError), match=r"optimum|gptqmodel|GPU is required"):  # what it lacks first
+        load(originals["llama"].parent / "float", quantization_config=config)
 
 
 def test_a_good_checkpoint_prints_no_warning(copy: Copy, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ import torch
 from support.checkpoints import edit_config
 from support.loading import load
 from support.models import logits
+from support.processes import TESTS, run
 
 from graftq.adapters.auto_gptq import AutoGPTQForCausalLM
 from graftq.adapters.transformers.saving import save_quantized
@@ -51,7 +52,7 @@ OLD = {**WAYS, "a file named by hand": save_by_hand}
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL, right before a file is renamed, linked or removed."""
+    """Stands for SIGKILL where every step is tried, right before a file is renamed, linked or removed."""
 
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +117,16 @@ def test_killed_at_any_step(
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in (tmp_path / "alone").iterdir()
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_for_real(originals: dict[str, Path], tmp_path: Path) -> None:
+    script = TESTS / "support" / "killed_saves.py"
+    done = run(str(script), str(originals["llama"]), str(tmp_path), "8", "0", path=[TESTS], OMP_NUM_THREADS="1")
+    rounds = [tuple(line.split(": ", 1)) for line in done.stdout.splitlines()]
+    assert len(rounds) == 8
+    assert {found for _, found in rounds} <= {"old", "new"}, rounds
+    assert any(moment != "never" for moment, _ in rounds), rounds
 
 
 def test_a_save_that_fails_leaves_nothing(

@@ -1,0 +1,220 @@
+"""Quantizes a block: unit by unit, each with the inputs that the quantized units before it give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftq.adapters.transformers.making.blocks import Call
+from graftq.adapters.transformers.making.options import Options
+from graftq.adapters.transformers.making.report import Row
+from graftq.adapters.transformers.making.stages import find_units, unfit
+from graftq.adapters.transformers.making.units import Linears, Piece, Unit, matrix
+from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.making.moments import Moments
+from graftq.quant_linear.making.packed import pack
+from graftq.quant_linear.making.solve import Solution, solve
+from graftq.quant_linear.spec import QuantSpec
+
+LARGEST_BATCH = 2**28
+"""Numbers in the Hessians, or weights, of the layers that are solved for at once."""
+
+
+Step = Callable[[str, float], Any]
+"""Told what is being done, and after what share of everything, 0 to 1."""
+
+
+def ignore(text: str, share: float) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One packed projection.
+
+    Attributes:
+        target: Its name in the model.
+        container: The experts module that holds it, or "".
+        tensors: On the CPU, as stored.
+        spec: Their description.
+    """
+
+    target: str
+    container: str
+    tensors: GptqTensors
+    spec: QuantSpec
+
+
+@dataclass
+class Streams:
+    """Hidden states before a block, batch by batch: in the model quantized so far, and in the float model.
+
+    Attributes:
+        calls: How the block is to be called with each.
+        made: [rows, tokens, hidden] each.
+        float: Likewise; the same tensors as long as nothing is quantized; None if they are not followed.
+    """
+
+    calls: list[Call]
+    made: list[torch.Tensor]
+    float: list[torch.Tensor] | None
+
+
+@dataclass
+class BlockResult:
+    """What became of a block.
+
+    Attributes:
+        made: Its packed projections.
+        rows: Of the report.
+        skipped: Layers that were left as they are, and why, by name in the model.
+    """
+
+    made: list[Made]
+    rows: list[Row]
+    skipped: dict[str, str]
+
+
+def quantize_block(
+    block: nn.Module,
+    name: str,
+    streams: Streams,
+    options: Options,
+    step: Step = ignore,
+    place: tuple[int, int] = (0, 1),
+) -> BlockResult:
+    """Quantize a block in place, and move the streams behind it.
+
+    Its weights are afterwards what the packed ones stand for.
+
+    Args:
+        block: The block.
+        name: Its name in the model.
+        streams: The hidden states before it; afterwards those behind it.
+        options: How.
+        step: Told what is being done, and what share of all.
+        place: The block's number, and the number of blocks.
+
+    Raises:
+        ValueError: if a value is NaN or infinite, naming the module.
+    """
+    original = copy.deepcopy(block) if streams.float is not None else None
+    first = streams.calls[0]
+    units = find_units(
+        block, lambda: first.run(block, streams.made[0]), options.method.group_size, _inside(options.modules)
+    )
+    result = BlockResult([], [], {f"{name}.{own}": reason for own, reason in units.skipped.items()})
+    stages = [[unit] for unit in units.found] if options.true_sequential else [units.found]
+    for position, stage in enumerate(stages):
+        step(f"{name}.{stage[0].name}", (place[0] + position / len(stages)) / place[1])
+        with _named(name, stage):
+            _observe(stage, block, original, streams)
+            for unit in stage:
+                _solve_unit(unit, block, name, options, result)
+    for number, call in enumerate(streams.calls):
+        if streams.float is not None and original is not None:
+            streams.float[number] = call.run(original, streams.float[number])
+        streams.made[number] = call.run(block, streams.made[number])
+        if not bool(torch.isfinite(streams.made[number]).all()):
+            raise ValueError(f"{name}: NaN or infinite values after it, in batch {number} of the calibration data")
+    return result
+
+
+class _named:
+    """Names the module in what is raised inside."""
+
+    def __init__(self, block: str, stage: list[Unit]):
+        self.name = f"{block}.{stage[0].name}" if stage else block
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self.name}: {error}") from error
+
+
+def _inside(modules: tuple[str, ...] | None) -> list[str] | None:
+    return None if modules is None else list(modules)
+
+
+def _observe(stage: list[Unit], block: nn.Module, original: nn.Module | None, streams: Streams) -> None:
+    for number, call in enumerate(streams.calls):
+
+        def run(call: Call = call, number: int = number) -> torch.Tensor:
+            return call.run(block, streams.made[number])
+
+        def run_float(call: Call = call, number: int = number) -> torch.Tensor:
+            assert original is not None
+            assert streams.float is not None
+            return call.run(original, streams.float[number])
+
+        for unit in stage:
+            unit.observe(block, run, original, run_float if original is not None else None)
+
+
+def _solve_unit(unit: Unit, block: nn.Module, name: str, options: Options, result: BlockResult) -> None:
+    moments, weight = unit.take(), unit.weight(block)
+    pieces = unit.pieces(block)
+    new = torch.empty_like(weight)
+    for chosen, solution in solve_in_parts(weight, moments, options):
+        for index in range(chosen.start, chosen.stop):
+            new[index] = solution.weight(index - chosen.start).to(new.dtype)
+        for piece in pieces:
+            if chosen.start <= piece.index < chosen.stop:
+                result.made.append(_packed(solution, piece, piece.index - chosen.start, name))
+        for place, index in enumerate(range(chosen.start, chosen.stop)):
+            result.rows.append(
+                Row(
+                    layer=f"{name}.{unit.name}".lstrip(".") + (f".{index}" if len(weight) > 1 else ""),
+                    tokens=int(moments.tokens[index]),
+                    error=float(solution.error[place] / solution.nearest[place].clamp(min=1e-30)),
+                    damp=float(solution.damp[place]),
+                    clipped=float(solution.clipped[place]),
+                )
+            )
+    unit.put(block, new)
+
+
+def solve_in_parts(weight: torch.Tensor, moments: Moments, options: Options) -> Iterator[tuple[slice, Solution]]:
+    """Solve for as many of [batch, N, K] at once as memory allows."""
+    batch, outputs, width = weight.shape
+    step = max(1, LARGEST_BATCH // (max(outputs, width) * width))
+    for first in range(0, batch, step):
+        chosen = slice(first, min(first + step, batch))
+        part = Moments(0, 0)
+        part.gram, part.tokens = moments.gram[chosen], moments.tokens[chosen]
+        part.drift = None if moments.drift is None else moments.drift[chosen]
+        yield chosen, solve(weight[chosen], part, options.method)
+
+
+def _packed(solution: Solution, piece: Piece, index: int, name: str) -> Made:
+    tensors, spec = pack(solution, index, piece.rows)
+    if piece.bias is not None:
+        spec = replace(spec, stored_bias=len(piece.bias))
+        tensors = replace(tensors, bias=piece.bias.detach().clone())
+    own = {suffix: tensor.cpu() for suffix, tensor in vars(tensors).items() if tensor is not None}
+    prefix = f"{name}." if name else ""
+    return Made(prefix + piece.target, prefix + piece.container if piece.container else "", GptqTensors(**own), spec)
+
+
+def quantize_head(model: nn.Module, name: str, streams: Streams, options: Options) -> BlockResult:
+    """Quantize one linear layer after the blocks, given its inputs.
+
+    Raises:
+        ValueError: if its shape cannot be stored.
+    """
+    unit = Linears([name])
+    layer = model.get_submodule(name)
+    if reason := unfit(matrix(layer).shape, options.method.group_size):
+        raise ValueError(f"{name}: {reason}")
+    for number, x in enumerate(streams.made):
+        unit.add(x, None if streams.float is None else streams.float[number])
+    result = BlockResult([], [], {})
+    _solve_unit(unit, model, "", options, result)
+    return result
