@@ -122,7 +122,8 @@ def check_own(module: nn.Module, kernel: str) -> None:
         RuntimeError: naming the kernel that would have to rearrange them.
     """
     hook: Any = getattr(module, "_hf_hook", None)
-    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+    hooks = getattr(hook, "hooks", (hook,))
+    if any(getattr(each, "offload", False) and each.offload_buffers for each in hooks):
         raise RuntimeError(
             f"{type(module).__name__}({module.extra_repr()}) was offloaded in the layout of another kernel, and "
             f"{kernel!r} cannot rearrange what is only lent for a call; let from_pretrained(device_map=...) offload "

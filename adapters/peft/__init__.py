@@ -1,4 +1,4 @@
-"""PEFT: LoRA on packed layers, and on the packed experts of a mixture.
+"""PEFT: adapters on packed layers, and LoRA on the packed experts of a mixture.
 
 Covered: PEFT 0.21. This module is imported when PEFT is, and imports nothing of it.
 """
@@ -18,7 +18,7 @@ OLDEST = (0, 21)
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """LoRA's configuration, which accepts layers of other packages, and the functions that find layers to adapt."""
+    """LoRA's configuration, which accepts layers of other packages, and what finds layers to adapt or to train."""
     from importlib.metadata import version
     from importlib.util import find_spec
 
@@ -30,10 +30,17 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         logger.info("graftq knows PEFT from 0.21 on, and this is %s, which finds no packed layer to adapt", found)
         return None
     return {
+        "peft.utils.other": _patch_wrappers,
         "peft.tuners.tuners_utils": _patch_tuners,
         "peft.tuners.lora.config": _patch_config,
         "peft.tuners.lora.model": _patch_model,
     }
+
+
+def _patch_wrappers(module: ModuleType) -> None:
+    from graftq.adapters.peft import patches
+
+    patches.patch_wrappers(module)
 
 
 def _patch_tuners(module: ModuleType) -> None:

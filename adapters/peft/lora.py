@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora import variants
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from graftq.adapters.peft.methods import check_merge
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
 
@@ -22,13 +22,38 @@ INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that do not change the base layer's weight."""
 
 
+VARIANTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("use_dora",),
+    ("alora_invocation_tokens",),
+    ("use_bdlora",),
+    ("velora_config",),
+    ("monteclora_config",),
+)
+"""Fields of ``LoraConfig``, alone or together, that ask for a variant which is right on packed layers."""
+
+
 class PackedLinear(lora.Linear):
     """LoRA around a :class:`QuantLinear`, or around the float layer that replaced it; only the latter can be merged."""
 
     @property
     def lora_variants(self) -> dict[Any, Any]:
-        """Plain LoRA and DoRA: other variants write to the base layer's weight, or are not tested here."""
-        return {(): None, ("use_dora",): variants.DoraLinearVariant}
+        """The variants that leave the base layer's weight as it is, and are tested on packed layers."""
+        return {names: kind for names, kind in super().lora_variants.items() if names in VARIANTS}
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
+        """The variant that a configuration asks for.
+
+        Raises:
+            ValueError: for one that is not right on packed layers, or not known to be.
+        """
+        if config.use_qalora:
+            raise ValueError("use_qalora: QA-LoRA is PEFT's for GPTQModel's layers, and graftq's layers do without it")
+        try:
+            return super().resolve_lora_variant(config=config, **kwargs)
+        except ValueError as error:
+            known = ", ".join(name for names in VARIANTS for name in names)
+            raise ValueError(f"{error}; on packed layers these are right: {known}") from None
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -48,13 +73,18 @@ class PackedLinear(lora.Linear):
         return super()._get_base_layer_device_and_dtype(base_layer)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Add an adapter; one whose initialization changes the base layer's weight is refused."""
+        """Add an adapter, unless it trains the base layer's bias, or its initialization changes the weight."""
         _check_initialization(config)
+        base = self.get_base_layer()
+        if config.bias != "none" and isinstance(base, QuantLinear) and base.spec.has_bias:
+            raise ValueError(
+                f"bias={config.bias!r} would train a packed layer's bias, which is fixed; use lora_bias=True"
+            )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge into a float layer; packed weights cannot take an addition."""
-        _check_merge(self.get_base_layer())
+        check_merge(self.get_base_layer())
         super().merge(*args, **kwargs)
 
 
@@ -125,7 +155,7 @@ class PackedExperts(lora.ParamWrapper):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge into stacked float weights; packed ones cannot take an addition."""
-        _check_merge(self.get_base_layer())
+        check_merge(self.get_base_layer())
         super().merge(*args, **kwargs)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -164,11 +194,4 @@ def _check_initialization(config: Any) -> None:
         raise ValueError(
             f"init_lora_weights={how!r} changes the weights of the base layer, and these are packed; "
             f"use one of {', '.join(map(repr, INITIALIZATIONS))}, or dequantize() the model first"
-        )
-
-
-def _check_merge(base: nn.Module) -> None:
-    if isinstance(base, (QuantLinear, QuantExperts)):
-        raise ValueError(
-            "an adapter cannot be merged into packed weights; call dequantize() on the base model, then merge"
         )

@@ -1,4 +1,4 @@
-"""The four places of PEFT that graftq replaces, each by a thin function around the original.
+"""The places of PEFT that graftq replaces, each by a thin function around the original.
 
 ``LoraConfig._register_custom_module`` is PEFT's own interface for foreign layers, but it has to be called on each
 configuration, and it covers only modules that PEFT finds by itself.
@@ -29,9 +29,21 @@ def patch_model(module: ModuleType) -> None:
     replace_attribute(module.LoraModel, "_replace_module", _replace_quietly)
 
 
+def patch_wrappers(module: ModuleType) -> None:
+    """Let no packed layer be trained as a whole."""
+    from graftq.adapters.peft.methods import refuse_training
+
+    replace_attribute(module.AuxiliaryTrainingWrapper, "__init__", refuse_training)
+
+
 def patch_tuners(module: ModuleType) -> None:
-    """Let ``target_modules="all-linear"`` and ``target_parameters`` find packed layers."""
+    """Let ``target_modules="all-linear"``, ``target_parameters`` and methods other than LoRA find packed layers."""
+    from graftq.adapters.peft.methods import look_at_linear, put_around
+
     replace_attribute(module, "_maybe_include_all_linear_layers", _include_packed_layers)
+    replace_attribute(module.BaseTuner, "__init__", look_at_linear)
+    replace_attribute(module.BaseTuner, "inject_adapter", put_around)
+    replace_attribute(module.BaseTuner, "_replace_module", _replace_quietly)
     replace_attribute(module.BaseTuner, "_inject_parameters", _inject_into_experts)
 
 
@@ -50,8 +62,13 @@ def _replace_quietly(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _replace_module(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
         base = child.get_base_layer() if hasattr(child, "get_base_layer") else child
-        if isinstance(base, QuantLinear):
-            setattr(parent, child_name, new_module)  # the adapter was made on the layer's device
+        if isinstance(base, (QuantLinear, QuantExperts)):
+            device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+            setattr(parent, child_name, new_module)
+            for name, module in new_module.named_modules():
+                is_adapters = self.prefix in name or "ranknum" in name
+                if is_adapters and not any(parameter.is_meta for parameter in module.parameters()):
+                    module.to(device)
         else:
             original(self, parent, child_name, new_module, child)
 

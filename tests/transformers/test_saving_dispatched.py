@@ -25,6 +25,7 @@ PLACES: dict[str, dict[str, Any]] = {
         "preload_module_classes": ["LlamaMLP", "MixtralSparseMoeBlock"],
     },
     "head and embeddings, too": {"on_disk": PARTS[1:]},
+    "packed tensors, too": {"on_disk": ("model.layers.1",), "offload_buffers": True},
 }
 
 
@@ -73,7 +74,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("what", CALLS)
 def test_another_layout_than_it_was_dispatched_in(what: str, originals: dict[str, Path], tmp_path: Path) -> None:
     """The hook brings the tensors in under the names of the old layout, for this call and for the next."""
-    module = CALLS[what](dispatched(originals["mixtral"], tmp_path, PARTS[2:3]))
+    module = CALLS[what](dispatched(originals["mixtral"], tmp_path, PARTS[2:3], offload_buffers=True))
     module.pinned = True  # what needs another layout, on a machine that has one kernel
     module._bound_to = None
     x = torch.randn(3, 64)
