@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 from graftq.plugin.hookspecs import hookimpl
 
@@ -28,6 +29,15 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         "transformers.generation.utils": _patch_generation,
         "transformers.generation.continuous_batching.continuous_api": _patch_continuous_batching,
     }
+
+
+def quantize(arguments: Any) -> int:
+    """``graftq quantize``: run it, and return its exit status."""
+    if _version() < (5, 16):
+        raise RuntimeError("graftq quantize needs transformers 5.16 or newer")
+    from graftq.adapters.transformers.making import command
+
+    return command.run(arguments)
 
 
 def _version() -> tuple[int, ...]:

@@ -19,11 +19,19 @@ from graftq.plugin.checkpoint.validation import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 FLOATS = ("F16", "BF16", "F32", "F64", "torch.float64")
 """Dtypes of plain weights, as :class:`TensorInfo` names them."""
+
+PREDICTION_LAYERS = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
+"""What layers for multi-token prediction are called where they do not follow the others."""
+
+PREDICTION_INPUTS = r"(?:^|\.)layers\.(\d+)\.(?:eh_proj|enorm|hnorm)\."
+"""Names that such a layer has where it follows the others, and no other layer."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,25 @@ def kept_dtype(plan: Mapping[str, torch.dtype], name: str) -> torch.dtype | None
     return found[-1] if found else None
 
 
-def features(layer: Any) -> tuple[int, int, bool]:
-    """``(in_features, out_features, has_bias)`` of a linear layer, or of what has a weight like one."""
-    n, k = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
+def features(layer: Any, columns: int = 0) -> tuple[int, int, bool]:
+    """``(in_features, out_features, has_bias)`` of a linear layer, or of what has a weight like one.
+
+    ``columns`` are those of an embedding's packed scales: GPTQModel packs it with its tokens as inputs.
+    """
+    is_turned = isinstance(layer, Conv1D) or is_by_token(layer, columns)
+    n, k = layer.weight.shape[::-1] if is_turned else layer.weight.shape
     return k, n, getattr(layer, "bias", None) is not None
+
+
+def is_by_token(layer: Any, columns: int) -> bool:
+    """Whether an embedding is packed with its tokens as inputs, by the columns of its packed scales."""
+    return isinstance(layer, nn.Embedding) and columns == layer.weight.shape[1]
+
+
+def plain_weight(layer: Any, tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
+    """The float32 weight of a layer that is no linear one, dequantized, in that layer's own shape."""
+    weight = dequantize(tensors, spec)
+    return weight.T if is_by_token(layer, spec.out_features) else weight
 
 
 def check_all_values(
@@ -123,6 +146,24 @@ def refuse_holes(model: Any, missing: Iterable[str], index: CheckpointIndex, unp
             file = next(iter(index.tensors.values())).file if index.tensors else None
             lost = f"; packed tensors without a place: {', '.join(unplaced[:3])}" if unplaced else ""
             raise CheckpointError(f"no tensor in the checkpoint for this weight{lost}", file=file, module=name)
+
+
+def ignore_prediction_layers(model: Any, index: CheckpointIndex) -> None:
+    """Add layers for multi-token prediction to what the model ignores, where it has none and does not say so itself.
+
+    Models name such layers for the sizes that were published. They are known by a name, or follow the last layer, as
+    many as ``num_nextn_predict_layers``, and take what only they do: the embedding of the next token.
+    """
+    config = model.config.get_text_config(decoder=True)
+    patterns = []
+    if not any(PREDICTION_LAYERS.search(f"{name}.") for name, _ in model.named_modules()):
+        patterns.append(PREDICTION_LAYERS.pattern)
+    count, first = (getattr(config, key, None) or 0 for key in ("num_nextn_predict_layers", "num_hidden_layers"))
+    if count:
+        inputs = (re.search(PREDICTION_INPUTS, name) for name in index.tensors)
+        numbers = {int(found[1]) for found in inputs if found} & set(range(first, first + count))
+        patterns += [rf"(^|\.)layers\.{number}\." for number in sorted(numbers)]
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *patterns}
 
 
 def refuse_unplaced(model: Any, unplaced: Iterable[str], index: CheckpointIndex) -> None:

@@ -7,7 +7,7 @@ every renaming transformers knows is honored; experts' names are then derived fr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from graftq.adapters.transformers.packed_layers import PlacedProjection, check_all_values, features
 from graftq.plugin.checkpoint.configuration import QuantConfig
-from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex
+from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def place_projections(model: Any, index: CheckpointIndex, config: QuantConfig, c
             raise CheckpointError(
                 f"this and {twin} are both {target}", file=next(iter(infos.values())).file, module=stored
             )
-        spec = spec_from_headers(stored, infos, config.for_module(stored), *finder.features(target, container))
+        spec = spec_from_headers(stored, infos, config.for_module(stored), *finder.features(target, container, infos))
         plan.projections[target] = PlacedProjection(stored, infos, spec, container)
     plan.renamings = finder.renamings
     _check_experts(model, plan)
@@ -158,10 +158,11 @@ class _Finder:
             self.renamings[rf"{pattern}\.(?={'|'.join(SUFFIXES)})"] = rf".{leaf}.\1.{canonical}."
         return f"{container}.{number}.{canonical}", container
 
-    def features(self, target: str, container: str) -> tuple[int, int, bool]:
+    def features(self, target: str, container: str, infos: Mapping[str, TensorInfo]) -> tuple[int, int, bool]:
         """``(in_features, out_features, has_bias)`` of the module at ``target``."""
         if not container:
-            return features(self.modules[target])
+            scales = infos.get("scales")
+            return features(self.modules[target], scales.shape[-1] if scales and scales.shape else 0)
         experts = self.modules[container]
         projection = target.rpartition(".")[2]
         gated = hasattr(experts, "gate_up_proj")

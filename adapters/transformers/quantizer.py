@@ -18,6 +18,7 @@ from graftq.adapters.transformers.dequantizing import dequantize_model
 from graftq.adapters.transformers.packed_layers import (
     PlacedProjection,
     bind,
+    ignore_prediction_layers,
     kept_dtype,
     packed_modules,
     refuse_holes,
@@ -74,6 +75,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         self._model = model
         self._plan = place_projections(model, self._index, config, get_model_conversion_mapping(model, key_mapping))
         self._origin = Origin()
+        ignore_prediction_layers(model, self._index)
         self._dense = swap_modules(model, self._plan, self._origin.plain)
         parameters: Any = self.quantization_config
         parameters.complete(projection.spec for projection in self._plan.projections.values())

@@ -17,11 +17,11 @@ from transformers.core_model_loading import WeightRenaming
 
 from graftq.adapters.transformers.offloaded import present
 from graftq.adapters.transformers.overwriting import replacing, write_json
+from graftq.adapters.transformers.packed_layers import plain_weight
 from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_stem
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -137,7 +137,7 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
             stored.update(_unpacked(name, module, packed))
     stored.update((name, torch.zeros_like(bias, device="cpu")) for name, bias in origin.idle_biases.items())
     for name, (tensors, spec) in origin.dequantized.items():
-        if _equals(model, f"{name}.weight", dequantize(tensors, spec)):
+        if _equals(model, f"{name}.weight", plain_weight(model.get_submodule(name), tensors, spec)):
             del state[f"{name}.weight"]
             stored.update(_named(name, tensors))
     return state | _own_storage(stored)

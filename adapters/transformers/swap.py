@@ -11,13 +11,12 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
-from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases, kept_dtype
+from graftq.adapters.transformers.packed_layers import PlacedProjection, idle_biases, kept_dtype, plain_weight
 from graftq.adapters.transformers.placement import Placement
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -117,6 +116,6 @@ class Dequantize(ConversionOps):
         name = kwargs["full_layer_name"]
         module = name.removesuffix(".weight")
         packed, spec = GptqTensors(**tensors), self.specs[module]
-        weight = dequantize(packed, spec)
+        weight = plain_weight(kwargs["model"].get_submodule(module), packed, spec)
         self.kept[module] = GptqTensors(**{name: tensor.cpu() for name, tensor in tensors.items()}), spec
         return {target_patterns[0]: weight.to(kwargs["model"].get_parameter(name).dtype).contiguous()}

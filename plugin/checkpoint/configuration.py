@@ -73,7 +73,10 @@ class QuantConfig:
         elif method != "gptq":
             raise CheckpointError(f"quant_method is {brief(method)}, not 'gptq'", file=source)
         fields = Fields(raw, source)
-        declared = replace(_overridden(Declared(), fields), zero_offset=ZERO_OFFSETS[_format(fields)])
+        zero_offset = ZERO_OFFSETS[_format(fields)]
+        if raw.get("rotation"):  # GPTQModel's: the layers before have been rotated, down_proj's inputs are at run time
+            raise fields.fail("rotation", ": inputs are to be rotated at run time; not GPTQ's format")
+        declared = replace(_overridden(Declared(), fields), zero_offset=zero_offset)
         if declared.bits is None:
             raise CheckpointError("bits missing", file=source)
         dynamic, rules = _dynamic(raw.get("dynamic"), source)
@@ -219,7 +222,8 @@ def _format(fields: Fields) -> str:
     name = next(iter(names), "gptq")
     if name not in ZERO_OFFSETS:
         known = " and ".join(ZERO_OFFSETS)
-        raise CheckpointError(f"checkpoint_format is {brief(name)}; graftq reads {known}", file=fields.file)
+        what = ", GPTQModel's planar packing for 5 to 7 bits, codes split into bit planes" if name == "gptq_p" else ""
+        raise CheckpointError(f"checkpoint_format is {brief(name)}{what}; graftq reads {known}", file=fields.file)
     return name
 
 

@@ -46,6 +46,8 @@ def _parameters(found: Inspection) -> Iterator[str]:
         yield f"the parameters are AutoRound's, and the packing is that of format {found.config.format}"
     if found.config.by_module:
         yield f"extra_config has {len(found.config.by_module.overrides)} entries that override parameters by module"
+    if raw.get("activation"):
+        yield "activation: made for quantized activations; graftq leaves these as they are"
     if found.config.declared.zero_offset == 0:
         yield "format gptq_v2: zero points are stored as they are, not less one"
     if "desc_act" not in raw and found.config.method == "gptq":

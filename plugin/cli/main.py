@@ -1,4 +1,4 @@
-"""The command line: ``graftq doctor`` and ``graftq inspect``."""
+"""The command line: ``graftq doctor``, ``graftq inspect`` and ``graftq quantize``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not have all letters of a name
     try:
+        if parsed.command == "quantize":
+            return _quantize(parsed)
         return int(_doctor() if parsed.command == "doctor" else _inspect(parsed.checkpoint, parsed.revision))
     except CheckpointError as error:
         print(f"graftq: {error}", file=sys.stderr)
@@ -39,6 +41,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, without loading its weights")
     inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a folder, or a repository of the Hub")
     inspect.add_argument("--revision", help="branch, tag or commit of the repository")
+    quantize = commands.add_parser("quantize", help="make a checkpoint out of a float model, block by block from disk")
+    quantize.add_argument("model", metavar="MODEL", help="a folder, or a repository of the Hub")
+    quantize.add_argument("out", metavar="OUT", help="a folder that is empty or not there")
+    quantize.add_argument("--revision", help="branch, tag or commit of the repository")
+    quantize.add_argument("--dataset", required=True, help="a text file, a .jsonl file, or wikitext2, c4 or c4-new")
+    quantize.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8; 4 if not given")
+    quantize.add_argument("--group-size", type=int, default=128, help="-1 for one group; 128 if not given")
+    quantize.add_argument("--desc-act", action="store_true", help="AutoGPTQ's act-order, which costs time at inference")
+    quantize.add_argument("--asym", action="store_true", help="zero points of their own for every group")
+    quantize.add_argument("--damp-percent", type=float, default=0.1, help="0.1 if not given")
+    quantize.add_argument("--no-true-sequential", action="store_true", help="faster, and a little worse")
+    quantize.add_argument("--effort", default="normal", help="autogptq (the classical method), normal or high")
+    quantize.add_argument("--seq-len", type=int, default=2048, help="tokens of a calibration row")
+    quantize.add_argument("--tokens", type=int, default=262144, help="calibration tokens in all, at most")
+    quantize.add_argument("--device", help="where to compute; a GPU if there is one")
+    quantize.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to run the model in")
+    quantize.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     return parser
 
 
@@ -68,6 +87,13 @@ def _inspect(checkpoint: str, revision: str | None) -> bool:
     found = inspection.inspect(Source(checkpoint, {"revision": revision} if revision else {}))
     _print(report.report(found))
     return bool(found.errors)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from importlib.metadata import entry_points
+
+    adapter = next(iter(entry_points(group="graftq.adapters", name="transformers")))
+    return adapter.load().quantize(arguments)
 
 
 def _print(lines: Iterable[str]) -> None:

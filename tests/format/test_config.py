@@ -110,3 +110,36 @@ def test_an_index_names_files_of_its_own_folder(tmp_path: Path) -> None:
         (tmp_path / "i").write_text(json.dumps({"weight_map": {"x": name}}))
         with pytest.raises(CheckpointError, match="i: the index names a file"):
             read_weight_map(Source(str(tmp_path)), "i")
+
+
+NEWER: dict[str, Any] = {
+    "method": "gptq",
+    "format": "gptq",
+    "checkpoint_format": "gptq",
+    "pack_dtype": "int32",
+    "lm_head": True,
+    "activation": {"mode": "w4afp8", "attention": {"mode": "w4afp8"}},
+    "adapter": {"name": "lora", "rank": 64},
+    "act_group_aware": True,
+    "mse": 0.0,
+    "static_groups": False,
+    "meta": {"quantizer": ["gptqmodel:7.7.0"], "fallback": {"strategy": "rtn", "threshold": "0.5%"}, "moe": {}},
+}
+
+
+def test_fields_that_mean_nothing_for_loading() -> None:
+    assert read(**NEWER).declared == read().declared
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7])
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_planar_packing_is_refused_by_name(key: str, bits: int) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint_format is 'gptq_p', GPTQModel's planar packing for 5 to 7"):
+        read(**{key: "gptq_p"}, bits=bits)
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "random", True])
+def test_rotated_inputs_are_refused(rotation: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"rotation is .*: inputs are to be rotated at run time"):
+        read(rotation=rotation)
+    assert read(rotation=None).declared == read().declared

@@ -25,6 +25,14 @@ LARGEST_BATCH = 2**28
 """Numbers in the Hessians, or weights, of the layers that are solved for at once."""
 
 
+Step = Callable[[str, float], Any]
+"""Told what is being done, and after what share of everything, 0 to 1."""
+
+
+def ignore(text: str, share: float) -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True)
 class Made:
     """One packed projection.
@@ -73,7 +81,12 @@ class BlockResult:
 
 
 def quantize_block(
-    block: nn.Module, name: str, streams: Streams, options: Options, step: Callable[[str], Any] = lambda text: None
+    block: nn.Module,
+    name: str,
+    streams: Streams,
+    options: Options,
+    step: Step = ignore,
+    place: tuple[int, int] = (0, 1),
 ) -> BlockResult:
     """Quantize a block in place, and move the streams behind it.
 
@@ -84,7 +97,8 @@ def quantize_block(
         name: Its name in the model.
         streams: The hidden states before it; afterwards those behind it.
         options: How.
-        step: Told what is being done.
+        step: Told what is being done, and what share of all.
+        place: The block's number, and the number of blocks.
 
     Raises:
         ValueError: if a value is NaN or infinite, naming the module.
@@ -96,9 +110,8 @@ def quantize_block(
     )
     result = BlockResult([], [], {f"{name}.{own}": reason for own, reason in units.skipped.items()})
     stages = [[unit] for unit in units.found] if options.true_sequential else [units.found]
-    for stage in stages:
-        for unit in stage:
-            step(f"{name}.{unit.name}")
+    for position, stage in enumerate(stages):
+        step(f"{name}.{stage[0].name}", (place[0] + position / len(stages)) / place[1])
         with _named(name, stage):
             _observe(stage, block, original, streams)
             for unit in stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,15 @@ from torch import nn
 
 from graftq.adapters.transformers.making.blocks import check_chain, find_blocks, input_after, record_calls
 from graftq.adapters.transformers.making.calibration import batches, fingerprint
-from graftq.adapters.transformers.making.engine import BlockResult, Made, Streams, quantize_block, quantize_head
+from graftq.adapters.transformers.making.engine import (
+    BlockResult,
+    Made,
+    Step,
+    Streams,
+    ignore,
+    quantize_block,
+    quantize_head,
+)
 from graftq.adapters.transformers.making.names import Naming
 from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.report import Row
@@ -34,9 +42,7 @@ class ModelResult:
 
 
 @torch.no_grad()
-def quantize_model(
-    model: Any, rows: list[torch.Tensor], options: Options, step: Callable[[str], Any] = lambda text: None
-) -> ModelResult:
+def quantize_model(model: Any, rows: list[torch.Tensor], options: Options, step: Step = ignore) -> ModelResult:
     """Quantize a float model's blocks; its weights become what the packed ones stand for.
 
     Args:
@@ -66,7 +72,7 @@ def quantize_model(
     skipped: dict[str, str] = {}
     for number, block in enumerate(blocks):
         streams.calls = [calls[number] for _, calls in recorded]
-        done = quantize_block(block, f"{name}.{number}", streams, options, step)
+        done = quantize_block(block, f"{name}.{number}", streams, options, step, (number, len(blocks)))
         _add(result, done, naming)
         skipped.update(done.skipped)
     if options.lm_head:
@@ -81,11 +87,11 @@ def quantize_model(
     if not result.made:
         reasons = "; ".join(sorted(set(skipped.values()))[:3])
         raise ValueError(f"{type(model).__name__}: nothing in its blocks can be quantized ({reasons})")
-    warn_of_few(rows, result)
     warn_of_skipped(skipped)
     is_ordered = any(one.spec.desc_act for one in result.made.values())
     left = [naming.plain(target) for target in skipped]
     tokens = sum(map(len, rows))
+    warn_of_few(tokens, max(one.spec.in_features for one in result.made.values()))
     result.parameters = options.parameters(is_ordered, left, tokens, fingerprint(rows))
     return result
 
@@ -123,9 +129,8 @@ def _add(result: ModelResult, done: BlockResult, naming: Naming) -> None:
     result.rows += done.rows
 
 
-def warn_of_few(rows: list[torch.Tensor], result: ModelResult) -> None:
-    """Warn once if there are fewer tokens than inputs of the widest layer."""
-    tokens, width = sum(map(len, rows)), max(one.spec.in_features for one in result.made.values())
+def warn_of_few(tokens: int, width: int) -> None:
+    """Warn if there are fewer calibration tokens than inputs of the widest layer."""
     if tokens < width:
         warnings.warn(
             f"{tokens} calibration tokens for layers of {width} inputs: take {16 * width} or more", stacklevel=3

@@ -15,6 +15,7 @@ from graftq.adapters.transformers.packed_layers import (
     check_all_values,
     features,
     idle_biases,
+    ignore_prediction_layers,
     refuse_holes,
     refuse_unplaced,
     refuse_unread,
@@ -54,6 +55,7 @@ class GptqHfQuantizer(DeferringQuantizer):
         check_all_values(self._plan, self._index, current.config, model.dtype)
         for target, one in self._plan.items():
             model.set_submodule(target, one.empty(model.dtype))
+        ignore_prediction_layers(model, self._index)
         idle = idle_biases(self._plan, model.base_model_prefix)
         model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or ()), *idle]
 

@@ -1,0 +1,105 @@
+"""What an unfinished run leaves behind, such that it can be killed at any moment and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftq.adapters.transformers.making.source import INDEX
+
+FOLDER = ".graftq"
+STATE = "state.json"
+FORMAT = 1
+
+
+class Store:
+    """An output folder. Every file is written aside, put on the disk, and renamed.
+
+    Args:
+        out: The folder.
+        identity: Everything that must be the same for a run to go on.
+        resume: Whether it may.
+
+    Raises:
+        FileExistsError: if the folder holds something and this is not to resume, or nothing that could be resumed.
+        ValueError: if what is there was made differently, naming the difference.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], resume: bool):
+        self.out, self.work = out, out / FOLDER
+        self.next = 0
+        self.rows: list[list[Any]] = []
+        self.extra: dict[str, Any] = {}
+        state = self.work / STATE
+        if state.is_file():
+            if not resume:
+                raise FileExistsError(f"{out}: an unfinished run is there; --resume goes on with it")
+            found = json.loads(state.read_text(encoding="utf-8"))
+            for key, value in {"format": FORMAT, **identity}.items():
+                if found["identity"].get(key) != value:
+                    raise ValueError(f"{out}: the unfinished run there differs in {key}")
+            self.next, self.rows, self.extra = found["next"], found["rows"], found["extra"]
+        elif resume and (out / INDEX).is_file() and self.work.is_dir():
+            shutil.rmtree(self.work)  # it was stopped at the very last step
+            raise FileExistsError(f"{out}: this run is complete")
+        elif out.is_dir() and any(entry.name != FOLDER for entry in out.iterdir()):
+            raise FileExistsError(
+                f"{out}: the folder is not empty" + (", and holds no unfinished run" if resume else "")
+            )
+        self.identity = {"format": FORMAT, **identity}
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not state.is_file():
+            self._save_state()
+
+    def save_tensors(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a safetensors file."""
+        aside = self.work / f"unfinished-{path.name}"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+        _settle(aside, path)
+
+    def save_text(self, path: Path, text: str) -> None:
+        """Write a text file."""
+        aside = self.work / f"unfinished-{path.name}"
+        aside.write_text(text, encoding="utf-8")
+        _settle(aside, path)
+
+    def load_streams(self) -> dict[str, torch.Tensor]:
+        """The hidden states before the next block."""
+        return load_file(self.work / f"streams-{self.next}.safetensors")
+
+    def block_done(self, streams: Mapping[str, torch.Tensor]) -> None:
+        """Remember that the next block's shard is written, and the hidden states behind it."""
+        self.save_tensors(self.work / f"streams-{self.next + 1}.safetensors", streams)
+        self.next += 1
+        self._save_state()
+        (self.work / f"streams-{self.next - 1}.safetensors").unlink(missing_ok=True)
+
+    def _save_state(self) -> None:
+        state = {"identity": self.identity, "next": self.next, "rows": self.rows, "extra": self.extra}
+        self.save_text(self.work / STATE, json.dumps(state))
+
+    def finish(self) -> None:
+        """Remove what only matters to an unfinished run."""
+        for path in self.work.iterdir():
+            if path.name != STATE:
+                path.unlink()
+        shutil.rmtree(self.work)
+
+
+def _settle(aside: Path, path: Path) -> None:
+    with aside.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    aside.replace(path)
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
