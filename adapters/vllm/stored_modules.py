@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from graftq.adapters.vllm import stock
+from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
 from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
@@ -82,8 +83,8 @@ class StoredModules:
         for name, stored in self.quantized.items():
             if name.startswith(f"{prefix}."):
                 first, _, second = name[len(prefix) + 1 :].partition(".")
-                number, own = (first, second) if first.isdigit() else (second, first)
-                if number.isdigit():
+                number, own = (first, second) if is_index(first) else (second, first)
+                if is_index(number):
                     found[int(number), own] = stored
         return found
 
