@@ -25,7 +25,10 @@ ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
 SPLITTING = ("rowwise_split_input", "rowwise_rep")
 EXPERTS_STYLE = "moe_tp_experts"
 WHOLE = "replicate"
-"""The style of a parameter that every rank keeps; older versions skip unknown styles, which has the same effect."""
+"""The style of what every rank keeps; transformers has it from 5.21 on."""
+
+WHOLE_PARAMETER = (WHOLE, "replicated_with_grad_allreduce")
+"""Styles that leave a parameter as it is, the first known counts; the second does more, but to modules alone."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ def keep_whole(model: Any) -> None:
     plan = getattr(model, "tp_plan", None)
     if not plan:
         return
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    whole = next(style for style in WHOLE_PARAMETER if style in ALL_PARALLEL_STYLES)  # 5.17 and later refuse others
     for name, module in _packed(model):
         for own, _ in module.named_parameters(recurse=False):
-            plan[f"{_generic(name)}.{own}"] = WHOLE
+            plan[f"{_generic(name)}.{own}"] = whole
     names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
     for name in stacked - names:
