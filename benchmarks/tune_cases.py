@@ -99,7 +99,7 @@ class Experts:
         """The chosen tiles, then one of them replaced, in turn the first and the second; some twice."""
         bits, experts, top_k = self.weights.bits, self.layer.experts, self.layer.top_k
         slots = self.tokens * top_k
-        block = choose_tokens(slots, experts)
+        block = choose_tokens(device, slots, experts)
         up, down = (
             choose_vector(device, bits, n, atoms, top_k)
             if self.tokens == 1

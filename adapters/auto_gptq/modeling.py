@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -13,12 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftq.adapters.auto_gptq.options import sort_out
 from graftq.adapters.auto_gptq.quantize_config import BaseQuantizeConfig
+from graftq.adapters.auto_gptq.quantizing import quantize
 from graftq.plugin import import_hooks
 from graftq.plugin.checkpoint.configuration import autogptq_stem, read_written
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS
 from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
-
-QUANTIZERS = "GPTQModel (`pip install gptqmodel`) or llm-compressor"
 
 
 class BaseGPTQForCausalLM(nn.Module):
@@ -28,13 +27,12 @@ class BaseGPTQForCausalLM(nn.Module):
         model: The model.
         config: Its configuration.
         quantize_config: The checkpoint's quantization parameters.
-        quantized: True.
+        quantized: Whether it is; a model that is loaded to be quantized is not.
     """
-
-    quantized = True
 
     def __init__(self, model: Any, quantize_config: BaseQuantizeConfig):
         super().__init__()
+        self.quantized = True
         self.model = model
         self.config = model.config
         self.model_type: str = model.config.model_type
@@ -107,22 +105,72 @@ class BaseGPTQForCausalLM(nn.Module):
         return cls(model, parameters).eval()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """AutoGPTQ loaded the model to be quantized; graftq does not quantize."""
-        raise NotImplementedError(f"graftq loads quantized models (from_quantized). To quantize one, use {QUANTIZERS}")
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        quantize_config: BaseQuantizeConfig,
+        max_memory: dict[Any, Any] | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: torch.dtype | str = torch.float16,
+        **options: Any,
+    ) -> BaseGPTQForCausalLM:
+        """Load a float model, to be quantized by :meth:`quantize`.
 
-    def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """AutoGPTQ quantized here."""
-        raise NotImplementedError(f"this model is quantized, and graftq does not quantize: use {QUANTIZERS}")
+        Args:
+            pretrained_model_name_or_path: A folder or a repository of the Hub.
+            quantize_config: How it will be quantized.
+            max_memory: As in transformers.
+            trust_remote_code: As in transformers.
+            torch_dtype: The model's dtype.
+            **options: See :mod:`graftq.adapters.auto_gptq.options`.
+
+        Raises:
+            RuntimeError: for transformers 4.
+        """
+        if int(transformers.__version__.partition(".")[0]) < 5:
+            raise RuntimeError(f"transformers {transformers.__version__}: graftq quantizes with 5.16 or newer")
+        arguments = sort_out(options)
+        if max_memory is not None:
+            arguments = {"device_map": "auto", "max_memory": max_memory, **arguments}
+        model = AutoModelForCausalLM.from_pretrained(
+            pretrained_model_name_or_path, trust_remote_code=trust_remote_code, dtype=torch_dtype, **arguments
+        )
+        made = cls(model.eval(), quantize_config)
+        made.quantized = False
+        return made
+
+    def quantize(self, examples: Sequence[Any], batch_size: int = 1, **options: Any) -> None:
+        """Quantize the model that :meth:`from_pretrained` has loaded.
+
+        Args:
+            examples: Mappings with ``input_ids`` and ``attention_mask``; padding does not count.
+            batch_size: Rows that run at once, at least.
+            **options: ``use_triton``, ``use_cuda_fp16``, ``autotune_warmup_after_quantized`` and
+                ``cache_examples_on_gpu`` change nothing.
+
+        Raises:
+            RuntimeError: if it is quantized.
+            ValueError: if the examples are none, or the model cannot be quantized.
+        """
+        if self.quantized:
+            raise RuntimeError("this model is quantized")
+        known = {"use_triton", "use_cuda_fp16", "autotune_warmup_after_quantized", "cache_examples_on_gpu"}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(f"quantize() has no argument {unknown[0]!r}")
+        quantize(self.model, self.quantize_config, examples, batch_size)
+        self.quantize_config.model_file_base_name = "model"
+        self.quantized = True
 
     def save_quantized(self, save_dir: str | Path, use_safetensors: bool = True, **kwargs: Any) -> None:
         """Save the checkpoint by the model's ``save_pretrained``; AutoGPTQ finds its files by ``quantize_config.json``.
 
         Raises:
-            ValueError: if asked to write pickles.
+            ValueError: if asked to write pickles, or the model is not quantized yet.
         """
         if not use_safetensors:
             raise ValueError("graftq writes safetensors only")
+        if not self.quantized:
+            raise ValueError("this model is not quantized yet: call quantize(examples) first")
         self.model.save_pretrained(save_dir)
 
     @property
@@ -160,7 +208,7 @@ class BaseGPTQForCausalLM(nn.Module):
 
 
 class AutoGPTQForCausalLM:
-    """AutoGPTQ's way in: :meth:`from_quantized`."""
+    """AutoGPTQ's ways in: :meth:`from_quantized` and :meth:`from_pretrained`."""
 
     def __init__(self) -> None:
         raise OSError("AutoGPTQForCausalLM has no instances: use AutoGPTQForCausalLM.from_quantized(...)")
@@ -171,9 +219,9 @@ class AutoGPTQForCausalLM:
         return BaseGPTQForCausalLM.from_quantized(model_name_or_path, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> BaseGPTQForCausalLM:
         """:meth:`BaseGPTQForCausalLM.from_pretrained`."""
-        BaseGPTQForCausalLM.from_pretrained()
+        return BaseGPTQForCausalLM.from_pretrained(*args, **kwargs)
 
 
 def _given(

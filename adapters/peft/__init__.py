@@ -31,6 +31,7 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         return None
     return {
         "peft.utils.other": _patch_wrappers,
+        "peft.peft_model": _patch_peft_model,
         "peft.tuners.tuners_utils": _patch_tuners,
         "peft.tuners.lora.config": _patch_config,
         "peft.tuners.lora.model": _patch_model,
@@ -41,6 +42,12 @@ def _patch_wrappers(module: ModuleType) -> None:
     from graftq.adapters.peft import patches
 
     patches.patch_wrappers(module)
+
+
+def _patch_peft_model(module: ModuleType) -> None:
+    from graftq.adapters.peft import patches
+
+    patches.patch_peft_model(module)
 
 
 def _patch_tuners(module: ModuleType) -> None:

@@ -7,6 +7,7 @@ configuration, and it covers only modules that PEFT finds by itself.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
@@ -34,6 +35,11 @@ def patch_wrappers(module: ModuleType) -> None:
     from graftq.adapters.peft.methods import refuse_training
 
     replace_attribute(module.AuxiliaryTrainingWrapper, "__init__", refuse_training)
+
+
+def patch_peft_model(module: ModuleType) -> None:
+    """Let no adapter of the model inside AutoGPTQ's object be loaded on that object, where its names are not found."""
+    replace_attribute(module.PeftModel, "load_adapter", _refuse_unfound)
 
 
 def patch_tuners(module: ModuleType) -> None:
@@ -132,3 +138,29 @@ def _inject_into_experts(original: Callable[..., list[str]]) -> Callable[..., li
         return found
 
     return _inject_parameters
+
+
+def _refuse_unfound(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = original(self, *args, **kwargs)
+        lost = next(iter(loaded.unexpected_keys), "")
+        base = self.get_base_model()
+        if lost and _is_autogptq(base):
+            raise ValueError(
+                f"the adapter has {lost}, for which AutoGPTQ's object has no place: the model is one level further "
+                "down; use `.model`: PeftModel.from_pretrained(quantized.model, ...)"
+            )
+        if lost.startswith("base_model.model.model.model.") and any(isinstance(m, QuantLinear) for m in base.modules()):
+            raise ValueError(
+                f"the adapter has {lost}, for which the model has no place: it was trained on the object that "
+                "AutoGPTQ's from_quantized returns; put it on that, not on its `.model`"
+            )
+        return loaded
+
+    return load_adapter
+
+
+def _is_autogptq(model: Any) -> bool:
+    door = sys.modules.get("graftq.adapters.auto_gptq.modeling")  # not imported: then the model is none
+    return door is not None and isinstance(model, door.BaseGPTQForCausalLM)

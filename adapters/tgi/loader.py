@@ -154,7 +154,7 @@ class PackedLoader:
         spec = spec_from_headers(stored, infos, declared)
         values = {suffix: weights.get_tensor(f"{prefix}.{suffix}", to_device=False, to_dtype=False) for suffix in infos}
         bias = values.pop("bias", None)
-        spec = check_values(stored, infos, spec, declared, values)
+        spec = check_values(stored, infos, spec, declared, values, weights.dtype)
         lost = f"{stored}.bias" if bias is not None and bias.any() else None
         return ServerProjection(GptqTensors(**values), spec, lost)
 

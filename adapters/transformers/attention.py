@@ -15,9 +15,6 @@ import torch
 
 from graftq.plugin.patching import replace_item
 
-SEQUENCES = 4
-"""From how many sequences on heads stay grouped; with fewer, repeated heads keep more of the GPU busy."""
-
 _VERDICT = "_graftq_groups_heads"
 """Attribute of a packed model's attention modules: whether SDPA was last seen able to take groups and a mask there."""
 
@@ -65,9 +62,9 @@ def _group_heads(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_plain_step(query: torch.Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether this is one token of each sequence, without what stock SDPA adds, and grouping is worth it."""
+    """Whether this is one token of each sequence, without what stock SDPA adds."""
     special = any(arguments.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    return query.shape[2] == 1 and not special and query.shape[0] >= SEQUENCES
+    return query.shape[2] == 1 and not special
 
 
 def _look(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ which temporarily takes the memory of the whole packed model. transformers shard
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,10 @@ ROW_STYLES = ("rowwise", "rowwise_split_input", "rowwise_rep")
 SPLITTING = ("rowwise_split_input", "rowwise_rep")
 EXPERTS_STYLE = "moe_tp_experts"
 WHOLE = "replicate"
-"""The style of what every rank keeps. Most versions of transformers skip styles that they do not know."""
+"""The style of what every rank keeps; transformers has it from 5.21 on."""
 
-WHOLE_WHERE_REFUSED = "all_reduce"
-"""One that leaves parameters alone, and that transformers 5.17 and 5.18 know: these refuse plans with others."""
+WHOLE_PARAMETER = (WHOLE, "replicated_with_grad_allreduce")
+"""Styles that leave a parameter as it is, the first known counts; the second does more, but to modules alone."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,12 @@ def keep_whole(model: Any) -> None:
     plan = getattr(model, "tp_plan", None)
     if not plan:
         return
-    stock = sys.modules.get("transformers.distributed.tensor_parallel")  # before 5.17 there is none
-    style = WHOLE_WHERE_REFUSED if hasattr(stock, "_validate_tp_plan_styles") else WHOLE
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    whole = next(style for style in WHOLE_PARAMETER if style in ALL_PARALLEL_STYLES)  # 5.17 and later refuse others
     for name, module in _packed(model):
         for own, _ in module.named_parameters(recurse=False):
-            plan[f"{_generic(name)}.{own}"] = style
+            plan[f"{_generic(name)}.{own}"] = whole
     names = {_generic(name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     stacked = {f"{_generic(name)}.{own}" for name, module in _packed(model) for own in _stacked(module)}
     for name in stacked - names:

@@ -14,6 +14,7 @@ weight_files       which files hold the weights
 headers            which tensors these hold, of which shape and dtype
 validation         from the tensors of one projection to its ``QuantSpec``, or a named refusal
 padding            whether what the model has no place for is zero
+unread             what a checkpoint holds and nothing would read
 projections        the same for every projection of a checkpoint, without a model
 inspection         all of the above for ``graftq inspect``
 oddities           what is unusual, and has made other loaders fail

@@ -201,10 +201,11 @@ def _check_range(info: TensorInfo, spec: QuantSpec, scales: torch.Tensor, dtype:
 
 
 def _check_dtypes(module: str, tensors: Mapping[str, TensorInfo]) -> None:
-    allowed = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES, "g_idx": ("I32", "I64")}
+    integers: dict[str, tuple[str, ...]] = {"qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32", "I64")}
+    allowed = {**integers, "scales": SCALE_DTYPES, "bias": SCALE_DTYPES}
     for suffix, info in tensors.items():
         ranks = 1 if suffix in ("g_idx", "bias") else 2
-        if suffix in allowed and info.dtype not in allowed[suffix]:
+        if info.dtype not in allowed[suffix]:
             wanted = " or ".join(allowed[suffix])
             raise CheckpointError(f"dtype {info.dtype}, expected {wanted}", file=info.file, module=info.name)
         if len(info.shape) != ranks or 0 in info.shape:

@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from graftq.quant_linear.gpu.tile_heuristics import Device
-from graftq.quant_linear.kernels.unpack import unpack_program
+from graftq.quant_linear.gpu.targets import Device
 
 
 @lru_cache(maxsize=64)
@@ -16,9 +15,20 @@ def device_of(device: torch.device) -> Device:
     """The properties of ``device`` that the choice of a tile depends on."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
-        return Device("hip" if torch.version.hip else "cuda", capability, properties.multi_processor_count)
+        shared = getattr(properties, "shared_memory_per_block_optin", 0)
+        if torch.version.hip:
+            arch = properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
+            return Device("hip", 0, properties.multi_processor_count, arch, shared)
+        capability = properties.major * 10 + properties.minor
+        return Device("cuda", capability, properties.multi_processor_count, shared=shared)
     return Device(device.type, 0, 64)  # the interpreter, or a device for which tiles were never measured
+
+
+def present(kind: str) -> list[Device]:
+    """The devices of a type such as "cuda" that this process sees; none where torch cannot say."""
+    if kind != "cuda" or not torch.cuda.is_available():
+        return []
+    return [device_of(torch.device(kind, index)) for index in range(torch.cuda.device_count())]
 
 
 @lru_cache(maxsize=64)
@@ -26,6 +36,8 @@ def program_for(device: torch.device, bits: int, dtype: torch.dtype, sym: bool) 
     """``unpack_program``'s text for NVIDIA GPUs from sm_80 on; elsewhere "", the portable path."""
     if device_of(device).capability < 80:
         return ""
+    from graftq.quant_linear.kernels.unpack import unpack_program  # not at the top, where triton may be absent
+
     return unpack_program(bits, "fp16" if dtype == torch.float16 else "bf16", 2 ** (bits - 1) if sym else None)
 
 

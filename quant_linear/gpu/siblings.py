@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from graftq.quant_linear.gpu.dispatch_bypass import is_unwatched
 from graftq.quant_linear.gpu.tiled_layout import PADDED_N, TiledLayout
@@ -82,10 +84,12 @@ class SiblingProduct:
 
     That the layers are called with the same tensor does not say that it still holds the same values. So the first
     time the values are compared, eagerly: what comes before that, compiled, traced or captured, multiplies one by one.
+    From then on the tensor's version is, which every change in place raises. Hooks can make changes that raise none, so
+    a layer that has one multiplies by itself, as all do for tensors that have no version (of inference mode).
 
     ::
 
-        unproven, idle --first called, eagerly--> unproven, waiting (x, outputs, a copy of x's values)
+        unproven, idle --first called, eagerly--> unproven, waiting (x, its version, outputs, a copy of x's values)
               |                                         |  others called in turn with the same x and values,
               | called while compiled,                  |  the last of them fetches its output
               | traced or captured: each                v
@@ -93,7 +97,7 @@ class SiblingProduct:
               | (no change of state)                    |                       | the last one fetches
               |                                         | first called          | its output
               |                                         v                       |
-              |                                  proven, waiting (x, outputs) --+
+              |                                  proven, waiting (x, its version, outputs)
               |                                         |
               +---- any other call, any state: ---------+
                     dissolved for good; each layer multiplies by itself
@@ -109,21 +113,26 @@ class SiblingProduct:
         self._widths = [layer.out_features for layer in layers]
         total, spec = sum(self._widths), layers[0].spec
         self._spec = replace(spec, out_features=total, padded_out=total, stored_bias=total if spec.has_bias else 0)
-        self._waiting: tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None] | None = None
+        self._waiting: tuple[torch.Tensor, int, tuple[torch.Tensor, ...], torch.Tensor | None] | None = None
         self._is_proven = False
 
     def __call__(self, layer: QuantLinear, place: int, x: torch.Tensor) -> torch.Tensor:
         """What ``layer``, the one at ``place``, returns for ``x``."""
         if not self._is_proven and (not is_unwatched(x) or _is_capturing(x)):
             return layer.multiply(x, layer.spec)
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return layer.multiply(x, layer.spec)
+        if _is_hooked(layer):
+            self.dissolve("something is hooked to one of them")
+            return layer.multiply(x, layer.spec)
         waiting = self._waiting
         if place == 0 and waiting is None:
             outputs = layer.multiply(x, self._spec).split(self._widths, -1)
-            self._waiting = (x, outputs, None if self._is_proven else _bits(x).clone())
+            self._waiting = (x, _version(x), outputs, None if self._is_proven else _bits(x).clone())
             return outputs[0]
         if place > 0 and waiting is not None:
-            input_, outputs, values = waiting
-            if input_ is x and (values is None or torch.equal(values, _bits(x))):
+            input_, version, outputs, values = waiting
+            if input_ is x and version == _version(x) and (values is None or torch.equal(values, _bits(x))):
                 if place == len(self._widths) - 1:
                     self._waiting = None
                     self._is_proven = True
@@ -152,6 +161,25 @@ class SiblingProduct:
             layer.shared = None
         if not torch.compiler.is_compiling():
             logger.debug("layers of %s outputs multiply one by one from now on: %s", self._widths, reason)
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often ``x`` was changed in place; always 0 where a graph is compiled, which has no number for it.
+
+    A graph is compiled of the calls that an eager one has proven, and of hooks, which are looked at then, too.
+    """
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
+def _is_hooked(layer: QuantLinear) -> bool:
+    """Whether anything runs before or after the layer's own ``forward`` that may change values unseen.
+
+    accelerate's hook that aligns devices stands in for ``forward``, and changes none.
+    """
+    own = layer.__dict__
+    hook = own.get("_hf_hook")
+    is_replaced = "forward" in own and type(hook).__name__ != "AlignDevicesHook"
+    return bool(own["_forward_pre_hooks"] or own["_forward_hooks"] or is_replaced or _pre_hooks or _hooks)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

@@ -6,23 +6,10 @@ resident at the same time, since a second, partial wave costs as much as a full 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-
-@dataclass(frozen=True)
-class Device:
-    """What a tile choice depends on.
-
-    Attributes:
-        backend: Triton's name, "cuda", "hip" or "xpu".
-        capability: Major times ten plus minor, CUDA only; else 0.
-        processors: Multiprocessors, or what the backend calls them.
-    """
-
-    backend: str
-    capability: int
-    processors: int
+from graftq.quant_linear.gpu.targets import Device
 
 
 @dataclass(frozen=True)
@@ -75,9 +62,17 @@ def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Til
         k: Input rows as packed, a multiple of 128.
         m: Tokens, at least 1.
     """
+    atoms = k // 128
+    if device.matrix_units == "mma":
+        tile = _choose_mma(device, bits, group, n, atoms, m)
+    else:
+        tile = _choose_portable(device, group, n, atoms, m)
+    return None if tile is None else fitted(device, bits, tile, 128 // group if 0 < group < 128 else 1)
+
+
+def _choose_mma(device: Device, bits: int, group: int, n: int, atoms: int, m: int) -> Tile | None:
     if m > FUSED_TOKENS:
         return None
-    atoms = k // 128
     unroll = 2 if atoms % 2 == 0 else 1
     if m == 1 and (group == 0 or group >= 128):
         rows = 128 if bits == 2 else 64  # the fewer bits, the more the activations' own loads weigh
@@ -100,6 +95,92 @@ def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Til
         splits = tile_splits(2 * device.processors, n, 128, tiles_m, atoms, shortest=8)
         return Tile(128, 64, 1, splits, warps=8, registers=cap)
     return Tile(64, 64, unroll, tile_splits(2 * device.processors, n, 64, 1, atoms, shortest=8))
+
+
+@dataclass(frozen=True)
+class PortableTiles:
+    """What tiles of the portable path may be on a kind of device, so that nothing spills; nothing of it was timed.
+
+    Attributes:
+        tokens: The most tokens of a tile.
+        warps: For 64 output rows.
+        stages: Depth of the software pipeline.
+        fused: Tokens up to which unpacking in the product is expected to beat dequantized weights.
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+    fused: int
+
+
+def portable_tiles(device: Device) -> PortableTiles:
+    """The limits of the portable path, from compiled code (``docs/devices.md``)."""
+    if device.matrix_units == "mfma":
+        return PortableTiles(tokens=64, warps=4, stages=1, fused=512)
+    if device.matrix_units == "wmma":
+        # A wave of RDNA 3 holds each operand twice, once in either half: 64 tokens spill.
+        return PortableTiles(tokens=32 if device.arch.startswith("gfx11") else 64, warps=4, stages=1, fused=256)
+    # Scalar multiplications: 16 tokens take as long as three single ones, and dequantizing as long as 32 tokens.
+    return PortableTiles(tokens=16, warps=8, stages=1, fused=32)
+
+
+def _choose_portable(device: Device, group: int, n: int, atoms: int, m: int) -> Tile | None:
+    limits = portable_tiles(device)
+    if m > limits.fused:
+        return None
+    if m == 1 and (group == 0 or group >= 128):
+        return portable_vector(device, n, atoms, 1)
+    tokens = next((tokens for tokens in (16, 32, 64) if m <= tokens <= limits.tokens), limits.tokens)
+    return portable_matrix(device, n, atoms, -(-m // tokens), tokens)
+
+
+def portable_vector(device: Device, n: int, atoms: int, copies: int) -> Tile:
+    """The tile of one token's product, of which there are ``copies``; for devices without "mma"."""
+    unroll = 2 if atoms % 2 == 0 else 1
+    splits = tile_splits(8 * device.processors, n, 64, copies, atoms, shortest=2)
+    return Tile(64, 1, unroll, filled(splits, atoms, unroll), stages=1)
+
+
+def portable_matrix(device: Device, n: int, atoms: int, tiles_m: int, tokens: int) -> Tile:
+    """The tile of a product in ``tiles_m`` tiles of ``tokens``; for devices without "mma"."""
+    limits = portable_tiles(device)
+    splits = tile_splits(4 * device.processors, n, 64, tiles_m, atoms, shortest=4)
+    return Tile(64, tokens, 1, splits, warps=limits.warps, stages=limits.stages)
+
+
+def shared_bytes(device: Device, bits: int, tile: Tile, per_atom: int) -> int:
+    """At least as much shared memory as Triton gives a program of ``tile``.
+
+    Args:
+        device: Where it runs.
+        bits: Code width.
+        tile: Of any kernel.
+        per_atom: Groups of an atom's 128 input rows, at least 1.
+    """
+    if tile.tokens == 1:
+        return 4096  # nothing but the sum over a row's columns
+    if device.matrix_units != "mma":  # both operands pass through it; scalar products convert them to float32 before
+        return 128 * (2 if device.matrix_units else 4) * (tile.rows + tile.tokens)
+    ahead = max(1, tile.stages - 1)
+    # Asynchronous products read one more buffer while the next is filled.
+    activations = 256 * tile.tokens * (ahead + (tile.stages > 1 and device.capability in (90, 100, 103)))
+    weights = tile.rows * (16 * bits + 8 * per_atom) * ahead  # codes, and a scale and a zero point of four bytes each
+    return max((activations + weights) * tile.unroll, 4 * tile.rows * tile.tokens)  # or the sums, when they are stored
+
+
+def fitted(device: Device, bits: int, tile: Tile, per_atom: int) -> Tile:
+    """``tile``, or one of the same tokens that fits the device's shared memory; arguments as :func:`shared_bytes`."""
+    while shared_bytes(device, bits, tile, per_atom) > device.shared_memory:
+        if tile.unroll > 1:
+            tile = replace(tile, unroll=1)
+        elif tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.rows > 64:
+            tile = replace(tile, rows=64, warps=max(4, tile.warps // 2))
+        else:
+            break
+    return tile
 
 
 def _tiles(n: int, rows: int) -> int:

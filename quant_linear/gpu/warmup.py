@@ -59,7 +59,7 @@ def compile_kernels(module: QuantLinear | QuantExperts, call: Callable[[int], ob
 
     # More tokens dequantize the weights, or go through the experts in parts.
     limit = TOKENS_AT_ONCE if isinstance(module, QuantExperts) else FUSED_TOKENS + 1
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)
     _compiled.add(kind)
     try:
         with (

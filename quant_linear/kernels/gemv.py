@@ -6,21 +6,20 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_row, load_scales, load_zeros
-from graftq.quant_linear.kernels.unpack import load_atoms, unpack, unpack_planes
+from graftq.quant_linear.kernels.unpack import load_atoms, unpack_planes
 
 
 @triton.jit
 def _load_part(x, start, K, COUNT: tl.constexpr, MASK_K: tl.constexpr):
-    """The elements ``start`` to ``start + COUNT - 1`` of ``x`` [K], 0 from ``K`` on: [COUNT, 8], eight equal columns.
+    """The elements ``start`` to ``start + COUNT - 1`` of ``x`` [K], 0 from ``K`` on: [COUNT].
 
     These are fewer elements than threads, so that the compiler lets each thread load what it needs itself.
     """
     k = start + tl.arange(0, COUNT)
     if MASK_K:
-        values = tl.load(x + k, mask=k < K, other=0.0)  # [COUNT]
+        return tl.load(x + k, mask=k < K, other=0.0)
     else:
-        values = tl.load(x + k)  # [COUNT]
-    return tl.broadcast_to(values[:, None], (COUNT, 8))
+        return tl.load(x + k)
 
 
 @triton.jit
@@ -34,6 +33,8 @@ def multiply_row(
     The matrix units multiply, with eight copies of the token: on an H100 that takes fewer instructions than packed fp16
     multiply-adds, and sums in float32. Each plane of the words (:mod:`unpack`) is a product of its own: behind a join
     of planes, Triton would order the columns of the left operand differently where the right one has eight columns.
+    The portable path multiplies in float32 without matrix units: theirs want 16 columns or more on other devices, and
+    operands that pass through shared memory, which takes twice the instructions.
 
     Args:
         x: fp16 or bf16 [K], contiguous.
@@ -54,7 +55,8 @@ def multiply_row(
     high += first_atom * 512
 
     begin, end = atoms_of_split(split, atoms, UNROLL, SPLIT_K)
-    acc = tl.zeros((BLOCK_N, 8), tl.float32)
+    COLUMNS: tl.constexpr = 128 // PLANES if PROGRAM == "" else 8
+    acc = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1), DTYPE)
     if GROUP == 0 and not SYM:
         zero = load_zeros(zeros, 0, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
@@ -71,23 +73,24 @@ def multiply_row(
                 scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
                 if not SYM:
                     zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
-            part = tl.zeros((BLOCK_N, 8), tl.float32)
-            if PROGRAM == "":
-                values = _load_part(x, atom * 128, K, 128, MASK_K)  # [128, 8]
-                part = tl.dot(unpack(words, top, zero, BITS, PROGRAM, DTYPE), values, part)
-            else:
-                planes = unpack_planes(words, top, zero, BITS, PROGRAM, DTYPE)  # PLANES times [BLOCK_N, 128 / PLANES]
-                for plane in tl.static_range(PLANES):
-                    # [128 / PLANES, 8]
-                    values = _load_part(x, atom * 128 + plane * (128 // PLANES), K, 128 // PLANES, MASK_K)
-                    part = tl.dot(planes[plane], values, part)
+            part = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+            planes = unpack_planes(words, top, zero, BITS, PROGRAM, DTYPE)  # PLANES times [BLOCK_N, 128 / PLANES]
+            for plane in tl.static_range(PLANES):
+                values = _load_part(x, atom * 128 + plane * (128 // PLANES), K, 128 // PLANES, MASK_K)
+                if PROGRAM == "":
+                    part += planes[plane].to(tl.float32) * values.to(tl.float32)[None, :]
+                else:
+                    part = tl.dot(planes[plane], tl.broadcast_to(values[:, None], (128 // PLANES, 8)), part)
             if GROUP == 0:
                 acc += part
             else:
                 acc += part * scale
     if GROUP == 0:
         acc *= load_scales(scales, 0, rows, scale_stride, N)[:, None]
-    return tl.sum(acc, 1) / 8  # the eight columns are equal
+    if PROGRAM == "":
+        return tl.sum(acc, 1)
+    else:
+        return tl.sum(acc, 1) / 8  # the eight columns are equal
 
 
 @triton.jit

@@ -194,21 +194,59 @@ def _spread_top_bits(high):
 
 
 @triton.jit
+def _two_planes(words, top, shift, zero, FIRST: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Planes FIRST and FIRST + 1 of :func:`unpack_planes` by shifts, masks and a conversion, for any device.
+
+    Args:
+        words: int32 [R, W].
+        top, shift: For 3 bits, from :func:`_spread_top_bits`, int32; else anything.
+        zero, BITS, DTYPE: As in :func:`unpack`.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    even = (words >> (FIRST * WIDTH)) & ((1 << WIDTH) - 1)
+    odd = (words >> (FIRST * WIDTH + WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        moved = (top << shift) >> (FIRST * 2)
+        even |= moved & 4
+        odd |= (moved >> 1) & 4
+    return even.to(DTYPE) - zero, odd.to(DTYPE) - zero
+
+
+@triton.jit
+def _portable_planes(words, high, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    words = words.to(tl.int32)
+    top, shift = words, words
+    if BITS == 3:
+        both, left = _spread_top_bits(high)
+        top, shift = both.to(tl.int32), left.to(tl.int32)
+    planes = _two_planes(words, top, shift, zero, 0, BITS, DTYPE)
+    if BITS != 8:
+        planes = planes + _two_planes(words, top, shift, zero, 2, BITS, DTYPE)
+    if BITS < 4:
+        planes = planes + _two_planes(words, top, shift, zero, 4, BITS, DTYPE)
+        planes = planes + _two_planes(words, top, shift, zero, 6, BITS, DTYPE)
+    return planes
+
+
+@triton.jit
 def unpack_planes(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: tl.constexpr):
-    """``code - zero``, one tensor ``[R, W]`` per plane, by :func:`unpack_program`; arguments as :func:`unpack`."""
-    D = DTYPE.value
-    if BITS == 8:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r", [words, zero], (D, D), True, 2)
-    elif BITS == 4:
-        return tl.inline_asm_elementwise(PROGRAM, "=r,=r,=r,=r,r,r", [words, zero], (D, D, D, D), True, 2)
-    elif BITS == 3:
-        top, shift = _spread_top_bits(high)
-        text: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r"
-        args = [words, zero, top, shift]
-        return tl.inline_asm_elementwise(PROGRAM, text, args, (D, D, D, D, D, D, D, D), True, 2)
+    """``code - zero``, one tensor ``[R, W]`` per plane; arguments as :func:`unpack`."""
+    if PROGRAM == "":
+        return _portable_planes(words, high, zero, BITS, DTYPE)
     else:
-        constraints: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r"
-        return tl.inline_asm_elementwise(PROGRAM, constraints, [words, zero], (D, D, D, D, D, D, D, D), True, 2)
+        D = DTYPE.value
+        if BITS == 8:
+            return tl.inline_asm_elementwise(PROGRAM, "=r,=r,r,r", [words, zero], (D, D), True, 2)
+        elif BITS == 4:
+            return tl.inline_asm_elementwise(PROGRAM, "=r,=r,=r,=r,r,r", [words, zero], (D, D, D, D), True, 2)
+        elif BITS == 3:
+            top, shift = _spread_top_bits(high)
+            text: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r"
+            args = [words, zero, top, shift]
+            return tl.inline_asm_elementwise(PROGRAM, text, args, (D, D, D, D, D, D, D, D), True, 2)
+        else:
+            constraints: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r"
+            return tl.inline_asm_elementwise(PROGRAM, constraints, [words, zero], (D, D, D, D, D, D, D, D), True, 2)
 
 
 @triton.jit
@@ -223,21 +261,11 @@ def unpack(words, high, zero, BITS: tl.constexpr, PROGRAM: tl.constexpr, DTYPE: 
         PROGRAM: :func:`unpack_program`'s text, or "" for the portable path, which needs no inline assembly.
         DTYPE: float16 or bfloat16.
     """
-    if PROGRAM == "":
-        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-        plane = tl.arange(0, 16 // WIDTH)[None, :, None]
-        codes = (words.to(tl.int32)[:, None, :] >> (plane * WIDTH)) & ((1 << WIDTH) - 1)
-        if BITS == 3:
-            top, shift = _spread_top_bits(high)
-            top = (top.to(tl.int32) << shift.to(tl.int32))[:, None, :] >> (plane // 2 * 4 + 2 + plane % 2)
-            codes |= (top & 1) << 2
-        return tl.reshape(codes.to(DTYPE), (words.shape[0], 128)) - zero
+    p = unpack_planes(words, high, zero, BITS, PROGRAM, DTYPE)
+    if BITS == 8:
+        return _stack(p[0], p[1])
+    elif BITS == 4:
+        return _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
     else:
-        p = unpack_planes(words, high, zero, BITS, PROGRAM, DTYPE)
-        if BITS == 8:
-            return _stack(p[0], p[1])
-        elif BITS == 4:
-            return _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
-        else:
-            low = _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
-            return _stack(low, _stack(_stack(p[4], p[5]), _stack(p[6], p[7])))
+        low = _stack(_stack(p[0], p[1]), _stack(p[2], p[3]))
+        return _stack(low, _stack(_stack(p[4], p[5]), _stack(p[6], p[7])))

@@ -38,7 +38,7 @@ def test_every_tile_can_be_launched(device: Device):
             assert_launchable(choose_vector(device, bits, n, atoms, top_k), atoms)
             for tokens in (1, 2, 17, 300, 4096):
                 slots = tokens * top_k
-                block = choose_tokens(slots, experts)
+                block = choose_tokens(device, slots, experts)
                 tile = choose_matrix(device, bits, n, atoms, slots, experts, block)
                 assert tile.tokens == block
                 assert_launchable(tile, atoms)
@@ -78,7 +78,7 @@ def test_one_token_fills_the_device_once(n: int, atoms: int, top_k: int, splits:
      (128, 2048, 32), (128, 4096, 64), (128, 32768, 128)],
 )  # fmt: skip
 def test_a_tile_holds_what_an_expert_is_likely_to_get(experts: int, slots: int, block: int):
-    assert choose_tokens(slots, experts) == block
+    assert choose_tokens(H100, slots, experts) == block
 
 
 def test_tiles_of_one_expert_go_through_its_weights_together():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,54 @@ def test_a_changed_input_parts_them(device: str):
     assert not multiplies_in_one(layers)
 
 
+def change(x: torch.Tensor) -> None:
+    x.mul_(0.5)
+
+
+def change_unseen(x: torch.Tensor) -> None:
+    x.data.mul_(0.5)
+
+
+HOOKS: dict[str, Callable[[QuantLinear], object]] = {
+    "before, in place": lambda layer: layer.register_forward_pre_hook(lambda _, args: change(args[0])),
+    "before, unseen": lambda layer: layer.register_forward_pre_hook(lambda _, args: change_unseen(args[0])),
+    "before, another": lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0] * 0.5,)),
+    "after, to the input": lambda layer: layer.register_forward_hook(lambda _, args, out: change_unseen(args[0])),
+    "after, in place": lambda layer: layer.register_forward_hook(lambda _, args, out: out.mul_(2)),
+    "after, keyword": lambda layer: layer.register_forward_hook(lambda _, a, k, out: out * 2, with_kwargs=True),
+    "instead": lambda layer: setattr(layer, "forward", lambda x: QuantLinear.forward(layer, x.mul_(0.5))),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_and_change_what_they_would(hook: str, place: int, mode: Any, device: str):
+    layers, _ = build(CASES["symmetric"], device)
+    lone, _ = build(CASES["symmetric"], device)
+    join_siblings(layers)
+    with mode():
+        each = torch.randn(1, 256, device=device).half()
+        assert all(layer(each) is not None for layer in layers)
+        HOOKS[hook](layers[place])
+        HOOKS[hook](lone[place])
+        x = torch.randn(1, 256, device=device).half()
+        y = x.clone()
+        assert all(relative_error(one(x), other(y)) < 2e-3 for one, other in zip(layers, lone, strict=True))
+        assert x.equal(y)
+
+
+def test_a_change_in_place_once_they_are_proven(device: str):
+    layers, stored = build(CASES["symmetric"], device)
+    join_siblings(layers)
+    with torch.no_grad():
+        check(layers, stored, x := torch.randn(2, 256, device=device).half())
+        check(layers[:1], stored[:1], x)
+        x.mul_(2)
+        check(layers[1:], stored[1:], x, x)
+    assert not multiplies_in_one(layers)
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_another_order_of_calls_parts_them(first: int, device: str):
     layers, stored = build(CASES["symmetric"], device)
@@ -125,12 +175,12 @@ def test_another_order_of_calls_parts_them(first: int, device: str):
         )
 
 
-def test_moving_or_casting_one_parts_them(device: str):
+def test_moving_one_parts_them(device: str):
     layers, stored = build(CASES["act-order"], device)
     join_siblings(layers)
-    layers[1].to(device)
+    layers[1].to(device).to(torch.bfloat16).half()  # nothing moves, and packed tensors are not cast
     assert multiplies_in_one(layers)
-    layers[1].to(torch.bfloat16).to(torch.float16)
+    layers[1]._apply(torch.clone)
     assert not multiplies_in_one(layers)
     with torch.no_grad():
         assert (
@@ -189,3 +239,17 @@ def test_one_product_in_a_compiled_graph(proven: bool, device: str):
             assert relative_error(compiled(x), wanted) < 2e-3
     assert len(products) == (1 if proven else len(layers))
     assert multiplies_in_one(layers)
+
+
+def test_a_hook_in_a_compiled_graph(device: str):
+    layers, stored = build(CASES["symmetric"], device)
+    join_siblings(layers)
+    with torch.no_grad():
+        check(layers, stored, torch.randn(3, 256, device=device).half())
+        layers[2].register_forward_pre_hook(lambda _, args: change(args[0]))
+        x = torch.randn(3, 256, device=device).half()
+        wanted = [
+            expected(x * (0.5 if place == 2 else 1), each, layers[place].spec) for place, each in enumerate(stored)
+        ]
+        compiled = torch.compile(lambda x: torch.cat([layer(x) for layer in layers], -1), backend="eager")
+        assert relative_error(compiled(x), torch.cat(wanted, -1)) < 2e-3

@@ -19,7 +19,10 @@ def test_every_tile_can_be_launched(device: Device):
         (2, 3, 4, 8), (0, 16, 128), (8, 4096, 28672, 152064), (128, 384, 4096, 14336), (1, 2, 16, 17, 64, 65, 256, 1024)
     ):
         tile = choose(device, bits, group, n, k, m)
-        assert tile is not None
+        if tile is None:
+            assert device.matrix_units != "mma"
+            assert m > 16
+            continue
         assert tile.rows % 64 == 0
         assert PADDED_N % tile.rows == 0
         assert tile.tokens == 1 or tile.tokens >= 16

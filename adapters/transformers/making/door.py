@@ -96,6 +96,7 @@ def options_of(config: Any) -> Options:
         group_size=config.group_size,
         sym=config.sym,
         desc_act=config.desc_act,
+        static_groups=getattr(config, "static_groups", False),
         act_group_aware=config.act_group_aware or config.desc_act,
         damp_percent=config.damp_percent,
         true_sequential=config.true_sequential,

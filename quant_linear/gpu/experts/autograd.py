@@ -77,9 +77,10 @@ def _launches(
     rows: int,
 ) -> tuple[Preparation, MatrixProduct]:
     """The launches of the calls that have all this in common; one split of K, since the sums are the output."""
-    overlap = device_of(kind.device).capability >= 90
+    device = device_of(kind.device)
+    overlap = device.capability >= 90
     spec = QuantSpec.parse(signature)
-    prepare = Preparation(inputs, kind, overlap, choose_tokens(inputs.slots, kind.experts))
+    prepare = Preparation(inputs, kind, overlap, choose_tokens(device, inputs.slots, kind.experts))
     tile = replace(matrix_tile(inputs.slots, kind, spec.bits, rows), splits=1)
     return prepare, MatrixProduct(prepare.rows, kind, spec, dtype, tile, rows, part_rows, overlap)
 

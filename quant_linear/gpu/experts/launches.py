@@ -237,8 +237,10 @@ class Preparation:
 
 def matrix_tile(slots: int, kind: StackKind, bits: int, n: int) -> Tile:
     """The tile of a product with ``n`` output rows for ``slots`` slots."""
-    tokens = choose_tokens(slots, kind.experts)
-    return choose_matrix(device_of(kind.device), bits, n, kind.atoms, slots, kind.experts, tokens)
+    device = device_of(kind.device)
+    tokens = choose_tokens(device, slots, kind.experts)
+    per_atom = max(1, -(-kind.scale_rows // kind.atoms))
+    return choose_matrix(device, bits, n, kind.atoms, slots, kind.experts, tokens, per_atom)
 
 
 class MatrixProduct:

@@ -211,9 +211,10 @@ class SeveralTokens:
     def __init__(self, key: ExpertsKey, form: ExpertsForm):
         (tokens, n), up, down = key.shape, key.up, key.down
         slots, inner = tokens * key.top_k, down.atoms * 128
-        overlap = device_of(up.device).capability >= 90
+        device = device_of(up.device)
+        overlap = device.capability >= 90
         rows = InputRows(slots, key.top_k, n, key.stride)
-        self._prepare = Preparation(rows, up, overlap, choose_tokens(slots, up.experts))
+        self._prepare = Preparation(rows, up, overlap, choose_tokens(device, slots, up.experts))
         self._hidden = (slots, inner)
         wide = inner * (1 + form.is_gated)
         tile = matrix_tile(slots, up, form.up.bits, wide)

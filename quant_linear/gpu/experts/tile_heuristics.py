@@ -15,7 +15,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from graftq.quant_linear.gpu.tile_heuristics import Device, Tile, filled, tile_splits
+from graftq.quant_linear.gpu.targets import Device
+from graftq.quant_linear.gpu.tile_heuristics import (
+    Tile,
+    filled,
+    fitted,
+    portable_matrix,
+    portable_tiles,
+    portable_vector,
+    tile_splits,
+)
 
 TOKENS_AT_ONCE = 4096
 """The most tokens that go through a layer at a time: bounds the memory between its products."""
@@ -38,13 +47,14 @@ def slots_per_expert(slots: int, experts: int) -> float:
 
 
 @lru_cache(maxsize=1024)
-def choose_tokens(slots: int, experts: int) -> int:
+def choose_tokens(device: Device, slots: int, experts: int) -> int:
     """Slots in a tile, the same for both products, since they share the routing."""
     mean = slots_per_expert(slots, experts)
+    most_tokens = 128 if device.matrix_units == "mma" else portable_tiles(device).tokens
     for tokens, most in ((16, 10.0), (32, 22.0), (64, 160.0)):
         if mean <= most:
-            return tokens
-    return 128
+            return min(tokens, most_tokens)
+    return most_tokens
 
 
 @lru_cache(maxsize=1024)
@@ -54,7 +64,9 @@ def choose_sweep(slots: int, experts: int, tokens: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, experts: int, tokens: int) -> Tile:
+def choose_matrix(
+    device: Device, bits: int, n: int, atoms: int, slots: int, experts: int, tokens: int, per_atom: int = 1
+) -> Tile:
     """The tile of one product for ``slots`` slots in tiles of ``tokens``.
 
     Args:
@@ -65,9 +77,18 @@ def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, exp
         slots: Tokens times experts of each.
         experts: Experts of the layer.
         tokens: From :func:`choose_tokens`.
+        per_atom: Groups of an atom's 128 input rows, at least 1.
     """
     mean = slots_per_expert(slots, experts)
     tiles_m = max(1, round(slots / mean)) * max(1, -(-int(mean) // tokens))
+    if device.matrix_units == "mma":
+        tile = _choose_mma(device, n, atoms, tiles_m, tokens)
+    else:
+        tile = portable_matrix(device, n, atoms, tiles_m, tokens)
+    return fitted(device, bits, tile, per_atom)
+
+
+def _choose_mma(device: Device, n: int, atoms: int, tiles_m: int, tokens: int) -> Tile:
     cap = 128 if device.capability == 90 else None
     if tokens == 16:
         splits = tile_splits(5 * device.processors, n, 64, tiles_m, atoms, shortest=4)
@@ -85,6 +106,8 @@ def choose_matrix(device: Device, bits: int, n: int, atoms: int, slots: int, exp
 @lru_cache(maxsize=1024)
 def choose_vector(device: Device, bits: int, n: int, atoms: int, top_k: int) -> Tile:
     """The tile of one product for a single token's ``top_k`` experts; other arguments as :func:`choose_matrix`."""
+    if device.matrix_units != "mma":
+        return portable_vector(device, n, atoms, top_k)
     unroll = 2 if atoms % 2 == 0 else 1
     rows, resident = (128 if bits == 2 else 64), 8  # as for linear layers
     registers = None
