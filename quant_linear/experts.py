@@ -14,7 +14,7 @@ from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
 from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout, check_own
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.packed_module import PackedModule
+from graftq.quant_linear.packed_module import PackedModule, is_transformed
 from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 
 ChooseExperts = Callable[[Request[ExpertsSpec]], Selection]
@@ -141,6 +141,10 @@ class QuantExperts(PackedModule):
         Returns:
             [tokens, hidden] in the dtype of ``hidden_states``; the sum is taken in float32.
         """
+        if is_transformed():
+            raise NotImplementedError(
+                f"torch.func through packed experts ({self.extra_repr()}); dequantize() the model for it"
+            )
         hidden_states = self.widened(hidden_states)
         if self._bound_to != (hidden_states.device.type, hidden_states.dtype, self.separate):
             self.bind(hidden_states.device.type, hidden_states.dtype)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed, check_own
-from graftq.quant_linear.packed_module import PackedModule
+from graftq.quant_linear.packed_module import PackedModule, is_transformed
 from graftq.quant_linear.packing import dequantize
+from graftq.quant_linear.reference import TorchProvider
 from graftq.quant_linear.selection import KernelProvider, Request, Selection
 from graftq.quant_linear.spec import QuantSpec
 
@@ -88,6 +89,9 @@ class QuantLinear(PackedModule):
         """
         if self.keeps_dtype:
             x = self.widened(x)
+        if is_transformed():
+            stored = CheckpointLayout(self.spec).pack(self.checkpoint_tensors())
+            return TorchProvider().linear(x, stored, self.spec)
         if self._bound_to != (x.device.type, x.dtype):
             self.bind(x.device.type, x.dtype)
         shared = self.shared  # read once: another thread may dissolve it
@@ -113,7 +117,10 @@ class QuantLinear(PackedModule):
 
         Raises:
             graftq.quant_linear.selection.NoKernelError: if no kernel runs this layer.
+            RuntimeError: for activations that are no floats, as ``nn.Linear`` does.
         """
+        if not dtype.is_floating_point:
+            raise RuntimeError(f"{type(self).__name__}({self.extra_repr()}) takes floats, not {dtype}")
         provider = self.choose(Request(self.spec, device, dtype, pinned=self.pinned)).provider
         layout = provider.layout(self.spec)
         if layout != self.layout:

@@ -7,8 +7,15 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 
 from graftq.quant_linear.layouts import Packed
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (jvp, vmap, grad, ...) is under way, of which our operators know none."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+
 
 Own = TypeVar("Own", bound="PackedModule")
 

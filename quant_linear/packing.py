@@ -92,5 +92,19 @@ def dequantize(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
         group = tensors.g_idx[: spec.in_features].long()
     else:
         group = sequential_g_idx(spec, codes.device).long()
-    centered = codes.to(torch.int32) - zero_points(tensors, spec)[group]
-    return (centered.to(torch.float32) * tensors.scales[:, : spec.out_features].to(torch.float32)[group]).T
+    return weights_of(codes, zero_points(tensors, spec), tensors.scales[:, : spec.out_features], group).T
+
+
+def weights_of(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The formula of :func:`dequantize` for any rows and columns of a projection.
+
+    Args:
+        codes: uint8 [rows, columns].
+        zeros: int32 [num_groups, columns], from :func:`zero_points`.
+        scales: Floats [num_groups, columns].
+        group: int64 [rows], the group of each row.
+
+    Returns:
+        float32 [rows, columns].
+    """
+    return (codes.to(torch.int32) - zeros[group]).to(torch.float32) * scales.to(torch.float32)[group]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from graftq.adapters.tgi.model_files import Checkpoint, asked_for, is_gptq
-from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.gpu.warmup import MOST_TOKENS, compile_kernels
@@ -154,7 +155,7 @@ class PackedLoader:
         spec = spec_from_headers(stored, infos, declared)
         values = {suffix: weights.get_tensor(f"{prefix}.{suffix}", to_device=False, to_dtype=False) for suffix in infos}
         bias = values.pop("bias", None)
-        spec = check_values(stored, infos, spec, declared, values)
+        spec = check_values(stored, infos, spec, declared, values, weights.dtype)
         lost = f"{stored}.bias" if bias is not None and bias.any() else None
         return ServerProjection(GptqTensors(**values), spec, lost)
 

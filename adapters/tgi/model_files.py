@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftq.plugin.checkpoint import auto_round, weight_files
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig, read_written
+from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, QuantConfig, read_written
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.unread import check_all_read
 from graftq.quant_linear.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -40,11 +42,14 @@ class Checkpoint:
         """Read the parameters and the headers of ``files``, those that the server is going to load.
 
         Raises:
-            CheckpointError: if parameters are damaged, or a file is absent, truncated or malformed.
+            CheckpointError: if parameters are damaged, a file is absent, truncated or malformed, or if the files hold
+                what the server would drop or cast in silence.
         """
         source = Source(model_id, {"revision": revision} if revision else {})
         weight_map = weight_files.read_weight_map(source, INDEX) if source.cached(INDEX) else None
         config, index = read_config(source), CheckpointIndex.open(files, weight_map)
+        path = source.cached(CONFIG)
+        check_all_read(index, read_object(path, source.describe(CONFIG)) if path else {})
         return cls(config, index, index.projections(), files[0] if files else model_id)
 
     def require_config(self, weights: Any) -> QuantConfig:

@@ -106,17 +106,12 @@ class Loading:
         return self.arguments.get("use_safetensors") is False
 
     def _refuse_other_method(self) -> None:
-        """Raise if the first weight file of a folder holds GPTQ's tensors; before the other method asks for its own."""
+        """Raise if a folder's weights are GPTQ's tensors; before the other method asks for its own, or its package."""
         if self.source is None or not self.source.is_local or not self._is_misread():
             return
-        first = next((name for name in self.source.names() if name.endswith(".safetensors")), None)
-        if first is None:
-            return
-        try:
-            index = CheckpointIndex.open([str(self.source.fetch(first))])
-        except CheckpointError:  # not for us to say; if it is GPTQ's, it is refused once transformers has found it
-            return
-        self._refuse_packed(index)
+        found = unlabeled.find_packed(self.source, allows_pickles=False)
+        if found is not None and found[1] is not None:
+            self._refuse_packed(found[1])
 
     def _is_misread(self) -> bool:
         """Whether what is going to read the files, if anything is, takes GPTQ's tensors for something else."""

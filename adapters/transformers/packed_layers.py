@@ -15,7 +15,7 @@ from graftq.adapters.transformers.joining import join_model_siblings
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, torch_dtypes
 from graftq.plugin.checkpoint.padding import is_padded
-from graftq.plugin.checkpoint.validation import check_values
+from graftq.plugin.checkpoint.values import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts
@@ -23,9 +23,6 @@ from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.spec import QuantSpec
-
-FLOATS = ("F16", "BF16", "F32", "F64", "torch.float64")
-"""Dtypes of plain weights, as :class:`TensorInfo` names them."""
 
 PREDICTION_LAYERS = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
 """What layers for multi-token prediction are called where they do not follow the others."""
@@ -186,21 +183,6 @@ def refuse_unplaced(model: Any, unplaced: Iterable[str], index: CheckpointIndex)
         if is_whole or stored.removeprefix(prefix).partition(".")[0] in parts:
             file = next(info.file for name, info in index.tensors.items() if name.startswith(f"{stored}."))
             raise CheckpointError("packed, but the model has no place for it", file=file, module=stored)
-
-
-def refuse_unread(info: TensorInfo, parameter: torch.Tensor) -> None:
-    """Raise for a plain weight in a dtype that means nothing without a scale, or none at all.
-
-    transformers would cast 8-bit floats and leave the scales beside them where they are.
-
-    Raises:
-        CheckpointError: naming the tensor and its dtype.
-    """
-    if not parameter.is_floating_point() or info.dtype in FLOATS:
-        return
-    if info.dtype.startswith(("F", "torch.float")):
-        raise CheckpointError(f"dtype {info.dtype}, which nothing here reads", file=info.file, module=info.name)
-    raise CheckpointError(f"dtype {info.dtype} for a weight of floats", file=info.file, module=info.name)
 
 
 def _essential_prefixes(model: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from graftq.adapters.transformers.packed_layers import PlacedProjection, check_all_values, features
 from graftq.plugin.checkpoint.configuration import QuantConfig
+from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import SUFFIXES, CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
@@ -146,13 +147,13 @@ class _Finder:
         module = self.modules.get(container)
         if module is None or not is_experts(module):
             return None
-        number, alias = (middle, last) if middle.isdigit() else (last, middle)
-        if not number.isdigit() or alias not in self.aliases:
+        number, alias = (middle, last) if is_index(middle) else (last, middle)
+        if not is_index(number) or alias not in self.aliases:
             return None
         canonical = self.aliases[alias]
         if (middle, last) != (number, canonical):
             leaf = container.rpartition(".")[2]
-            old = rf"\d+.{alias}" if middle.isdigit() else rf"{alias}.\d+"
+            old = rf"\d+.{alias}" if is_index(middle) else rf"{alias}.\d+"
             pattern = rf"\.{leaf}\." + old.replace(".", r"\.").replace(r"\d+", r"(\d+)")
             # Only for packed tensors: float experts of other layers keep the names that converters expect.
             self.renamings[rf"{pattern}\.(?={'|'.join(SUFFIXES)})"] = rf".{leaf}.\1.{canonical}."
@@ -216,4 +217,4 @@ def _check_experts(model: nn.Module, plan: Placement) -> None:
 
 
 def _natural(name: str) -> list[Any]:
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+    return [(is_index(part), int(part) if is_index(part) else part) for part in name.split(".")]

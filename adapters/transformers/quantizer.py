@@ -23,7 +23,6 @@ from graftq.adapters.transformers.packed_layers import (
     packed_modules,
     refuse_holes,
     refuse_unplaced,
-    refuse_unread,
 )
 from graftq.adapters.transformers.placement import Placement, place_projections
 from graftq.adapters.transformers.registry import DeferringQuantizer
@@ -31,6 +30,7 @@ from graftq.adapters.transformers.saving import Origin, StoredNames, checkpoint_
 from graftq.adapters.transformers.swap import Dequantize, swap_modules
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
+from graftq.plugin.checkpoint.unread import refuse_unread
 from graftq.quant_linear.errors import CheckpointError
 
 
@@ -133,7 +133,7 @@ class GptqHfQuantizer(DeferringQuantizer):
             patterns = targets.get(source, [""]) if source else [""]
             becomes = [renamed.replace(patterns[0], pattern) for pattern in patterns]
             if source is not None and name not in packed and becomes[0] in expected:
-                refuse_unread(self._index.tensors[name], expected[becomes[0]])
+                self._check_dtype(name, expected[becomes[0]])
             found.update(becomes)
         missing = expected.keys() - found - model.all_tied_weights_keys.keys()
         refuse_holes(model, sorted(missing), self._index, self._plan.unplaced)
@@ -146,7 +146,11 @@ class GptqHfQuantizer(DeferringQuantizer):
         if info.shape != tuple(parameter.shape) and not self._ignore_mismatched_sizes:
             reason = f"shape {list(info.shape)}, but the model's weight has {list(parameter.shape)}"
             raise CheckpointError(reason, file=info.file, module=name)
-        refuse_unread(info, parameter)
+        self._check_dtype(name, parameter)
+
+    def _check_dtype(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.is_floating_point():
+            refuse_unread(self._index.tensors[name])
 
     def _spare_initialization(self, missing: set[str]) -> None:
         """Keep ``_init_weights`` away from modules that hold packed layers.

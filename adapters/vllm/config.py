@@ -83,6 +83,8 @@ class GraftqConfig(BaseConfig):
         from graftq.adapters.vllm.fused_moe import GraftqMoEMethod
         from graftq.adapters.vllm.linear import GraftqLinearMethod
 
+        if self.stored.source.is_local:
+            self.stored.check()
         if isinstance(layer, stock.RoutedExperts):
             experts = self.stored.experts(prefix)
             return GraftqMoEMethod(self, layer.moe_config, experts) if experts else None

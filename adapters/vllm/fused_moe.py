@@ -108,10 +108,10 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
         stop, whole = start + self.intermediate, parallel.tp_size * self.intermediate
         declared = self.config.gptq.for_module(module)
         if shard == "w2":
-            cut = inputs(start, stop, keep_bias=parallel.tp_rank == 0)
-            return ProjectionLoader(module, declared, whole, self.hidden, cut, self.device, self.moe.has_bias)
-        cut = outputs((start, stop))
-        return ProjectionLoader(module, declared, self.hidden, whole, cut, self.device, self.moe.has_bias)
+            cut, sizes = inputs(start, stop, keep_bias=parallel.tp_rank == 0), (whole, self.hidden)
+        else:
+            cut, sizes = outputs((start, stop)), (self.hidden, whole)
+        return ProjectionLoader(module, declared, *sizes, cut, self.device, self.dtype, self.moe.has_bias)
 
     def _name(self, layer: Any, expert: int, shard: str) -> str:
         """The stored name of a projection; where it is not known, vLLM's name."""
@@ -126,6 +126,7 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
         """
         if hasattr(layer, "graftq"):
             return
+        self.config.stored.check()
         shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         if not layer.activation.is_gated:
             shards = {"up_proj": "w1", "down_proj": "w2"}

@@ -131,7 +131,8 @@ class GraftqLinearMethod(_LinearMethodBase):
             ranges.append((offset + partition.start, offset + partition.stop))
             offset += partition.full
         cut = self.cut_inputs or outputs(*ranges)
-        return ProjectionLoader(module, self.config.gptq.for_module(module), self.in_features, offset, cut, self.device)
+        declared = self.config.gptq.for_module(module)
+        return ProjectionLoader(module, declared, self.in_features, offset, cut, self.device, self.dtype)
 
     def _name(self, covered: tuple[int, ...]) -> str:
         if len(self.names) == len(self.partitions) and len(covered) == 1:
@@ -146,6 +147,7 @@ class GraftqLinearMethod(_LinearMethodBase):
         """
         if hasattr(layer, "graftq"):
             return
+        self.config.stored.check()
         try:
             shards = join_outputs([shard for loader in self._all() for shard in loader.shards()])
             self._check_biases(layer)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from graftq.plugin.checkpoint.headers import SUFFIXES, TensorInfo, torch_dtypes
-from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs
@@ -28,6 +29,7 @@ class ProjectionLoader:
         out_features: N of the whole projection, as the model has it.
         cut: Takes this rank's part as soon as all tensors are there, so that no rank ever holds a whole model.
         device: Where the layer computes.
+        dtype: What it computes in.
         has_bias: Whether the projection brings a bias of its own.
     """
 
@@ -39,6 +41,7 @@ class ProjectionLoader:
         out_features: int,
         cut: Cut,
         device: torch.device,
+        dtype: torch.dtype,
         has_bias: bool = False,
     ):
         self.module = module
@@ -46,6 +49,7 @@ class ProjectionLoader:
         self.in_features = in_features
         self.out_features = out_features
         self.device = device
+        self.dtype = dtype
         self.has_bias = has_bias
         self._cut = cut
         self._tensors: dict[str, torch.Tensor] = {}
@@ -109,7 +113,7 @@ class ProjectionLoader:
         spec = spec_from_headers(
             self.module, infos, self.declared, self.in_features, self.out_features, has_bias=self.has_bias
         )
-        spec = check_values(self.module, infos, spec, self.declared, self._tensors)
+        spec = check_values(self.module, infos, spec, self.declared, self._tensors, self.dtype)
         tensors = GptqTensors(**self._tensors)
         return (tensors, spec) if spec.desc_act else (replace(tensors, g_idx=None), replace(spec, stored_g_idx=0))
 

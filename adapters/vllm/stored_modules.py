@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 
 from graftq.adapters.vllm import stock
+from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
+from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.unread import check_all_read
 from graftq.plugin.checkpoint.weight_files import NOT_WEIGHTS, SAFE_ENDINGS, read_weight_map
 from graftq.quant_linear.errors import CheckpointError
 
@@ -35,6 +38,7 @@ class StoredModules:
     def __init__(self, source: Source):
         self.source = source
         self._mappers: list[Mapper] = []
+        self._is_checked = False
 
     def rename(self, mapper: Mapper) -> None:
         """Apply a model's renaming to all names; models bring theirs while they are being made."""
@@ -79,8 +83,8 @@ class StoredModules:
         for name, stored in self.quantized.items():
             if name.startswith(f"{prefix}."):
                 first, _, second = name[len(prefix) + 1 :].partition(".")
-                number, own = (first, second) if first.isdigit() else (second, first)
-                if number.isdigit():
+                number, own = (first, second) if is_index(first) else (second, first)
+                if is_index(number):
                     found[int(number), own] = stored
         return found
 
@@ -109,6 +113,17 @@ class StoredModules:
         """The headers of the files on this machine; complete once vLLM has downloaded them."""
         config = self.source.cached("config.json")
         return CheckpointIndex({}) if config is None else CheckpointIndex.open(_weight_files(Path(config).parent))
+
+    def check(self) -> None:
+        """Look once for what no layer would read; to be asked when all files are on this machine.
+
+        Raises:
+            CheckpointError: naming it; vLLM would drop it, or cast it, in silence.
+        """
+        if not self._is_checked:
+            config = self.source.cached("config.json")
+            check_all_read(self.index, read_object(config, config) if config else {})
+            self._is_checked = True
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -120,6 +120,11 @@ def check_file_name(name: str, what: str, file: str, longest: int = LONGEST_NAME
         raise CheckpointError(f"{what} names a file as no file can be called: {brief(name)}", file=file)
 
 
+def is_index(part: str) -> bool:
+    """Whether a part of a module's name is a number as modules are counted: no other name stands for the same one."""
+    return re.fullmatch("0|[1-9][0-9]{0,8}", part) is not None
+
+
 def brief(value: Any) -> str:
     """A value for a message, shortened."""
     short = reprlib.Repr()

@@ -12,6 +12,7 @@ from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, parse_
 from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.projections import InspectedProjection, look_at_headers, look_at_values
 from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.unread import check_all_read
 from graftq.quant_linear.errors import CheckpointError
 
 VALUES_LIMIT = 4 << 30
@@ -67,6 +68,8 @@ def inspect(source: Source) -> Inspection:
             raise weight_files.pickle_refused(source, pickles[0])
         raise CheckpointError("no weight file here", file=source.describe(""))
     index, unread = _open(source, name)
+    model = _model(source)
+    check_all_read(index, model)
     seen = {
         stored: look_at_headers(stored, infos, config.for_module(stored))
         for stored, infos in index.projections().items()
@@ -77,7 +80,7 @@ def inspect(source: Source) -> Inspection:
     if not unread:
         seen = look_at_values(seen, index, config)
     errors = tuple(one.error for one in seen.values() if one.error)
-    return Inspection(source, config, raw, name, index, _model_dtype(source), seen, unread, errors)
+    return Inspection(source, config, raw, name, index, _model_dtype(model), seen, unread, errors)
 
 
 def human(size: int) -> str:
@@ -90,10 +93,13 @@ def human(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _model_dtype(source: Source) -> str:
-    """What the model's configuration names as dtype, or float16."""
+def _model(source: Source) -> dict[str, Any]:
     path = source.fetch(CONFIG)
-    model: dict[str, Any] = read_object(path, source.describe(CONFIG)) if path else {}
+    return read_object(path, source.describe(CONFIG)) if path else {}
+
+
+def _model_dtype(model: Mapping[str, Any]) -> str:
+    """What the model's configuration names as dtype, or float16."""
     text = model.get("text_config")
     holders = [model, text if isinstance(text, dict) else {}]
     named = (holder[key] for holder in holders for key in ("dtype", "torch_dtype") if holder.get(key))

@@ -6,6 +6,7 @@ A configuration that is wrong about a size looks like a checkpoint whose writer 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graftq.plugin.checkpoint.headers import TensorInfo
@@ -58,20 +59,16 @@ def _part(
     spec: QuantSpec, values: Mapping[str, torch.Tensor], rows: range, columns: range
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and weights [rows, columns] of a part of the stored projection; no other part is read."""
-    import torch
+    from graftq.quant_linear.layouts import GptqTensors
+    from graftq.quant_linear.packing import sequential_g_idx, unpack_codes, weights_of, zero_points
 
-    from graftq.quant_linear.packing import unpack_codes
-
+    stored = replace(spec, in_features=spec.padded_in, out_features=spec.padded_out)
     first = rows.start // 32 * 32  # 32 codes fill whole words, whatever their width
     words = values["qweight"][first * spec.bits // 32 :, columns.start : columns.stop]
-    codes = unpack_codes(words.contiguous(), spec.bits, rows.stop - first)[rows.start - first :].to(torch.int32)
+    codes = unpack_codes(words.contiguous(), spec.bits, rows.stop - first)[rows.start - first :]
     g_idx = values.get("g_idx")
-    if g_idx is not None and len(g_idx) >= rows.stop and (spec.desc_act or spec.num_groups == 1):
-        group = g_idx[rows.start : rows.stop].long()
-    else:
-        group = torch.arange(rows.start, rows.stop, device=codes.device) // spec.group_size
-    group = group.clamp(0, spec.num_groups - 1)
-    stored = unpack_codes(values["qzeros"].T.contiguous(), spec.bits, spec.padded_out)[columns.start : columns.stop].T
-    zeros = stored.to(torch.int32) + spec.zero_offset
-    scales = values["scales"][:, columns.start : columns.stop].to(torch.float32)
-    return codes, (codes - zeros[group]).to(torch.float32) * scales[group]
+    if g_idx is None or len(g_idx) < rows.stop or not (spec.desc_act or spec.num_groups == 1):
+        g_idx = sequential_g_idx(stored, codes.device)
+    group = g_idx[rows.start : rows.stop].long().clamp(0, spec.num_groups - 1)
+    zeros = zero_points(GptqTensors(**values), stored)[:, columns.start : columns.stop]
+    return codes, weights_of(codes, zeros, values["scales"][:, columns.start : columns.stop], group)

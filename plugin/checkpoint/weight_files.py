@@ -68,7 +68,7 @@ def read_weight_map(source: Source, index: str, needs_metadata: bool = False) ->
     for shard in sorted(set(weight_map.values())):
         check_file_name(shard, "the index", source.describe(index))
         if not shard.endswith(".safetensors"):  # a pickle, say, that the user has not allowed
-            reason = f"the index names a file that is not safetensors: {brief(shard)}"
+            reason = f"the index names {brief(shard)}, which is not a safetensors file"
             raise CheckpointError(reason, file=source.describe(index))
         if source.is_local and source.fetch(shard) is None:
             raise CheckpointError("the index names this file, and it is absent", file=source.describe(shard))

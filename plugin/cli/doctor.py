@@ -62,7 +62,9 @@ def report() -> Iterator[str]:
     yield "Taken over"
     for root in sorted({entry.name for entry in entry_points(group="graftq.adapters")}):
         yield f"  {root:<24}{_taken_over(root)}"
-    for dtype in ("float16", "float32"):
+    for gpu in machine.gpus():
+        yield f"GPU {gpu}"
+    for dtype in ("float16", "bfloat16", "float32"):
         yield from _kernels("4 bits, group 128, act-order, 4096 x 4096", TYPICAL, dtype)
         yield from _kernels("eight experts of such projections", _typical_experts(), dtype)
     import_hooks.check()

@@ -18,6 +18,19 @@ def device() -> str:
     return found.type if found is not None else "cpu"
 
 
+def gpus() -> list[str]:
+    """What graftq knows of each GPU that is here: its name, limits, and whether the kernels have been run on such."""
+    import torch
+
+    from graftq.quant_linear.gpu.devices import present
+
+    return [
+        f"{torch.cuda.get_device_properties(index).name} ({found.name}): {found.shared_memory // 1024} KB of shared "
+        f"memory, matrix instructions: {found.matrix_units or 'none'}; {found.standing}"
+        for index, found in enumerate(present("cuda"))
+    ]
+
+
 def verdicts(spec: QuantSpec | ExpertsSpec, dtype: str) -> dict[str, str]:
     """Every provider's name to "accepted" or its reason to refuse, in the order of preference."""
     from graftq.plugin.manager import kernel_providers

@@ -115,7 +115,7 @@ class PortableTiles:
 
 
 def portable_tiles(device: Device) -> PortableTiles:
-    """The limits of the portable path, from compiled code (``docs/kernels.md``)."""
+    """The limits of the portable path, from compiled code (``docs/devices.md``)."""
     if device.matrix_units == "mfma":
         return PortableTiles(tokens=64, warps=4, stages=1, fused=512)
     if device.matrix_units == "wmma":

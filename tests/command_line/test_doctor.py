@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.processes import run, write_distribution
+
+from graftq.plugin.cli import machine
+from graftq.quant_linear.gpu.devices import device_of
 
 
 def doctor(*path: Path, **environment: str) -> tuple[int, list[str]]:
@@ -62,3 +66,16 @@ def test_failures_are_listed(tmp_path: Path) -> None:
     assert "graftq.adapters:rogue: RuntimeError: not today" in lines
     assert "graftq.kernels:rogue: RuntimeError: not today" in lines
     assert "rogueframework nothing" in lines
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = SimpleNamespace(name="Tesla T4", major=7, minor=5, multi_processor_count=40)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: described)
+    monkeypatch.setattr("torch.version.hip", None)
+    device_of.cache_clear()
+    (line,) = machine.gpus()
+    device_of.cache_clear()
+    assert line.startswith("Tesla T4 (sm_75): 64 KB of shared memory, matrix instructions: none; ")
+    assert line.endswith("compiled for this architecture, and never run on it")

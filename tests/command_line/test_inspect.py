@@ -183,6 +183,15 @@ def misnamed(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
 
 
+def head_in_eight_bits(checkpoint: Path) -> None:
+    edit(checkpoint, lambda state: state.update({"lm_head.weight": torch.zeros(8, 64, dtype=torch.float8_e4m3fn)}))
+
+
+def no_layers(checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 0}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -197,6 +206,8 @@ def misnamed(checkpoint: Path) -> None:
         (lambda folder: edit_config(folder, model_file_base_name="../x"), "model_file_base_name names a file outside"),
         (lambda folder: (folder / "quantize_config.json").write_bytes(b"[" * 99_999), "nested too deeply"),
         (lambda folder: (folder / "config.json").write_text("{}", encoding="utf-16"), "encoded as UTF-16"),
+        (head_in_eight_bits, "lm_head.weight: dtype F8_E4M3, which nothing here reads"),
+        (no_layers, "packed, but the model has no place for it"),
         (misnamed, r"x\x1b[2J\n.weight has shape"),
     ],
     ids=[
@@ -211,6 +222,8 @@ def misnamed(checkpoint: Path) -> None:
         "a path",
         "nesting",
         "UTF-16",
+        "8-bit floats",
+        "no layers",
         "escape sequence",
     ],
 )

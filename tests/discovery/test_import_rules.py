@@ -11,6 +11,7 @@ import pytest
 from support.processes import ROOT, evaluate, run
 
 HEAVY = ("torch", "transformers", "triton")
+POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios"}
 LIGHT = {"os", "importlib", "logging"}
 FOR_KERNELS = {"torch", "triton", "safetensors", "pluggy"}
 
@@ -61,6 +62,12 @@ def test_quant_linear_knows_no_framework(path: Path) -> None:
 @pytest.mark.parametrize("path", sources("plugin"), ids=name)
 def test_plugin_imports_nothing_heavy_at_once(path: Path) -> None:
     assert not {root(module) for module in imported_at_once(of(path))} & {*HEAVY, "huggingface_hub", "safetensors"}
+
+
+@pytest.mark.parametrize("path", [*sources("plugin"), *sources("quant_linear"), *sources("adapters")], ids=name)
+def test_nothing_posix_is_imported_at_once(path: Path) -> None:
+    """What Windows lacks would fail there at the import."""
+    assert not {root(module) for module in imported_at_once(of(path))} & POSIX
 
 
 def test_the_entry_points_module_imports_nothing_at_once() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import CheckpointIndex
 from graftq.quant_linear.errors import CheckpointError
 
@@ -108,3 +109,8 @@ def test_messages_are_short_and_printable(letter: str) -> None:
     assert "before" in message
     assert message.endswith(" after")
     assert error.module == letter * 50_000
+
+
+def test_numbers_of_modules() -> None:
+    assert [text for text in ("0", "7", "10", "127") if is_index(text)] == ["0", "7", "10", "127"]
+    assert not any(map(is_index, ("", "00", "07", "-1", "+1", " 1", "1\n", "\u00b2", "\u0663", "1_0", "9" * 5000)))

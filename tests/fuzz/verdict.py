@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from support.models import logits, relative_error
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fuzz.bases import Base
 from fuzz.cases import Case
@@ -97,17 +97,18 @@ def _clear(error: CheckpointError, checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _raised(error: Exception, tail: str, folder: Path, checkpoint: Checkpoint, what: str) -> tuple[str, str]:
-    """transformers' own exception is the one that the float twin meets in the same place, or that no file is found."""
+    """transformers' own: the float twin or the configuration alone raises it in the same place, or no file is found."""
     if checkpoint.must_load:
         return "refused, though harmless", tail
     is_its = _place(error)[0].startswith(str(Path(transformers.__file__).parent))
     if is_its and isinstance(error, OSError | ValueError) and str(folder) in str(error):
         return "transformers' own", str(error)
-    try:
-        _twin_of_fields(checkpoint)
-    except Exception as other:
-        if (type(other), _place(other)) == (type(error), _place(error)):
-            return "transformers' own", f"{type(error).__name__}: {error}"[:300]
+    for without_graftq in (lambda: _twin_of_fields(checkpoint), lambda: AutoConfig.from_pretrained(folder)):
+        try:
+            without_graftq()
+        except Exception as other:
+            if (type(other), _place(other)) == (type(error), _place(error)):
+                return "transformers' own", f"{type(error).__name__}: {error}"[:300]
     return what, tail
 
 

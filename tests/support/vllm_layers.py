@@ -29,6 +29,7 @@ class Checkpoint:
         self.weights: dict[str, torch.Tensor] = {}
         self.rng = np.random.default_rng(0)
         self.recipe = Recipe()
+        self.model: dict[str, Any] = {"num_hidden_layers": 1}
 
     def add(self, name: str, n: int, k: int, recipe: Recipe, like: str = "") -> None:
         """Add a projection; ``like`` names one whose permutation it shares."""
@@ -49,7 +50,7 @@ class Checkpoint:
         from graftq.adapters.vllm.config import GraftqConfig
 
         save_file(self.tensors, self.folder / "model.safetensors")
-        (self.folder / "config.json").write_text(json.dumps({}))
+        (self.folder / "config.json").write_text(json.dumps(self.model))
         config = GraftqConfig.from_config(self.recipe.config())
         config.maybe_update_config(str(self.folder))
         config.packed_modules_mapping = FUSED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -242,6 +243,15 @@ def test_the_loader_is_still_the_servers_class(llama: Path) -> None:
     assert server["text_generation_server.layers.gptq"].GPTQWeightsLoader is stock
 
 
+def _put(state: dict[str, torch.Tensor], name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state[name] = change(state[name])
+
+
+def _set_depth(model: Path, layers: int) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "configuration": (lambda model: edit_config(model, bits="four"), r"config\.json: bits is 'four'"),
     "bits": (lambda model: edit_config(model, bits=8), r"q_proj: .*says 8 bits, .*the tensors show 4"),
@@ -262,6 +272,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "file truncated": (
         lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-64]),
         r"model\.safetensors: truncated",
+    ),
+    "8-bit floats": (
+        lambda model: edit(model, lambda state: _put(state, "lm_head.weight", lambda t: t.to(torch.float8_e4m3fn))),
+        r"lm_head\.weight: dtype F8_E4M3, which nothing here reads",
+    ),
+    "packed and plain": (
+        lambda model: edit(model, lambda state: state.update({f"{ATTENTION}.q_proj.weight": torch.zeros(64, 64)})),
+        r"q_proj: both packed and as a plain weight",
+    ),
+    "scales too large": (
+        lambda model: edit(model, lambda state: _put(state, f"{ATTENTION}.q_proj.scales", lambda t: t.float() + 1e20)),
+        r"q_proj\.scales: scales up to 1e\+20 overflow",
+    ),
+    "too few layers": (
+        lambda model: _set_depth(model, 1),
+        r"layers\.1\..*: packed, but the model has no place for it",
     ),
     "no parameters": (
         lambda model: [(model / name).write_text("{}") for name in ("config.json", "quantize_config.json")],

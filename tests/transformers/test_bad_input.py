@@ -50,6 +50,17 @@ TENSORS: dict[str, tuple[str, Callable[[State], object], str]] = {
     "scales too short": ("llama", cut(f"{UP}.scales", 1), rf"{UP}: .*scales has 1 rows"),
     "qweight of floats": ("llama", retype(f"{UP}.qweight", torch.float32), rf"{UP}\.qweight: dtype F32, expected I32"),
     "scales of integers": ("llama", retype(f"{UP}.scales", torch.int32), rf"{UP}\.scales: dtype I32"),
+    "a bias of bits": ("llama", retype(f"{UP}.bias", torch.bool), rf"{UP}\.bias: dtype BOOL, expected F16"),
+    "a bias in 8 bits": (
+        "llama",
+        retype(f"{UP}.bias", torch.float8_e4m3fn),
+        rf"{UP}\.bias: dtype F8_E4M3, expected F16",
+    ),
+    "a bias in double precision": (
+        "mixtral",
+        retype(f"{W1}.bias", torch.float64),
+        rf"{W1}\.bias: dtype F64, expected F16",
+    ),
     "scales missing": ("llama", drop(f"{UP}.scales"), rf"{UP}: scales missing"),
     "qzeros missing": ("llama", drop(f"{UP}.qzeros"), rf"{UP}: qzeros missing"),
     "qweight missing": ("llama", drop(f"{UP}.qweight"), rf"{UP}: qweight missing"),
@@ -204,4 +215,20 @@ def test_two_modules_of_the_files_are_one_of_the_model(copy: Copy) -> None:
     checkpoint = copy("mixtral")
     edit(checkpoint, double)
     with pytest.raises(CheckpointError, match=r"this and .* are both model\.layers\.0\.mlp\.experts\.2\.gate_proj"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 5000, "\u00b2", "\u0663", "03", "-3", "3 "], ids=lambda text: ascii(text)[:10]
+)
+def test_a_number_of_an_expert_that_is_none(number: str, copy: Copy) -> None:
+    """Python takes some of these for digits, and refuses to read, or reads as the number of another expert."""
+
+    def add(state: State) -> None:
+        new = {name.replace(".experts.3.", f".experts.{number}."): tensor.clone() for name, tensor in state.items()}
+        state.update({name: tensor for name, tensor in new.items() if f".{number}." in name})
+
+    checkpoint = copy("mixtral")
+    edit(checkpoint, add)
+    with pytest.raises(CheckpointError, match=r"experts\."):
         load(checkpoint)

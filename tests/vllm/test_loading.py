@@ -196,6 +196,10 @@ def _set(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
 
 
+def _add(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(8, 64, dtype=dtype)})
+
+
 DAMAGES = {
     "no scales": (_lose("scales"), "o_proj: scales missing"),
     "no g_idx": (_lose("g_idx"), "o_proj: desc_act is true but g_idx is missing"),
@@ -206,6 +210,17 @@ DAMAGES = {
     "float zero points": (_set("qzeros", lambda t: t.float()), "o_proj.qzeros: dtype F32"),
     "v2 zero points": (_set("qzeros", lambda t: t + 0x11111111), "o_proj.qzeros: labeled gptq, but"),
     "bias": (lambda t: t.update({f"{ATTENTION}.o_proj.bias": torch.ones(64)}), "o_proj.bias: non-zero bias"),
+    "scales beyond float16": (
+        _set("scales", lambda t: t.float() * 0 + 6e4),
+        r"o_proj.scales: .*6e\+04 overflow in float16",
+    ),
+    "8-bit floats": (_add("lm_head.weight", torch.float8_e4m3fn), "lm_head.weight: dtype F8_E4M3, which nothing"),
+    "integers": (_add("model.embed_tokens.weight", torch.int8), "embed_tokens.weight: dtype I8 for a weight of floats"),
+    "packed and plain": (_add(f"{ATTENTION}.o_proj.weight", torch.float16), "o_proj: both packed and as a plain"),
+    "a layer too many": (
+        _add("model.layers.1.mlp.up_proj.qweight", torch.int32),
+        "layers.1.mlp.up_proj: packed, but the",
+    ),
 }
 
 
@@ -215,13 +230,20 @@ def test_damage_is_named(damage: str, checkpoint: Checkpoint) -> None:
     name = f"{ATTENTION}.o_proj"
     checkpoint.add(name, 64, 64, Recipe())
     change(checkpoint.tensors)
-    layer = LinearBase()
-    method = checkpoint.config().get_quant_method(layer, name)
-    create(method, layer, 64, [64], (64, 64))
-    with pytest.raises(CheckpointError, match=said) as caught:  # noqa: PT012 - some show while loading, some after
+    layer, config = LinearBase(), checkpoint.config()
+    with pytest.raises(CheckpointError, match=said) as caught:  # noqa: PT012 - some show before loading, some after
+        method = config.get_quant_method(layer, name)
+        create(method, layer, 64, [64], (64, 64), torch.float16)
         checkpoint.hand_over(layer, name)
         method.process_weights_after_loading(layer)
     assert caught.value.file == str(checkpoint.folder / "model.safetensors")
+
+
+def test_layers_for_further_tokens_are_left_out(checkpoint: Checkpoint) -> None:
+    for number in (0, 1):
+        checkpoint.add(f"model.layers.{number}.mlp.up_proj", 64, 64, Recipe())
+    checkpoint.model["num_nextn_predict_layers"] = 1
+    assert checkpoint.config().get_quant_method(LinearBase(), "model.layers.0.mlp.up_proj").names
 
 
 def test_nothing_arrives(checkpoint: Checkpoint) -> None:

@@ -18,12 +18,12 @@ from graftq.adapters.transformers.packed_layers import (
     ignore_prediction_layers,
     refuse_holes,
     refuse_unplaced,
-    refuse_unread,
 )
 from graftq.adapters.transformers.registry import DeferringQuantizer
 from graftq.adapters.transformers.v4.experts import fuse_experts
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
+from graftq.plugin.checkpoint.unread import refuse_unread
 from graftq.plugin.checkpoint.validation import spec_from_headers
 from graftq.quant_linear.errors import CheckpointError
 
@@ -70,8 +70,9 @@ class GptqHfQuantizer(DeferringQuantizer):
         modules = dict(model.named_modules())
         parameters = dict(model.named_parameters())
         for name in names:
-            if (target := renamed.get(name, name)) in parameters:
-                refuse_unread(self._index.tensors[name], parameters[target])
+            target = renamed.get(name, name)
+            if target in parameters and parameters[target].is_floating_point():
+                refuse_unread(self._index.tensors[name])
         for stored, infos in self._index.projections().items():
             first = next(iter(infos))
             target = renamed.get(f"{stored}.{first}", "").removesuffix(f".{first}")
