@@ -50,6 +50,19 @@ class PackedModule(nn.Module):
             self._parameters.pop(name, None)
             self.register_buffer(name, tensor.detach())
 
+    def requires_grad_(self: Own, requires_grad: bool = True) -> Own:
+        """As of any module, but for the packed tensors, of which most are integers.
+
+        Raises:
+            ValueError: if they are to be trained.
+        """
+        if requires_grad:
+            raise ValueError(
+                f"packed weights cannot be trained: {type(self).__name__}({self.extra_repr()}); train adapters, "
+                "or dequantize() the model first"
+            )
+        return super().requires_grad_(requires_grad)
+
     def _apply(self: Own, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Own:
         """Move or cast the tensors; of the packed ones, none is cast."""
         if recurse:

@@ -15,7 +15,8 @@ from torch import nn
 
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import TensorInfo
-from graftq.plugin.checkpoint.validation import Declared, check_values
+from graftq.plugin.checkpoint.validation import Declared
+from graftq.plugin.checkpoint.values import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import CheckpointLayout

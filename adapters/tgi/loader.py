@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from graftq.adapters.tgi.model_files import Checkpoint, asked_for, is_gptq
-from graftq.plugin.checkpoint.validation import check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.gpu.warmup import MOST_TOKENS, compile_kernels

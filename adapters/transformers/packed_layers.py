@@ -15,7 +15,7 @@ from graftq.adapters.transformers.joining import join_model_siblings
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo, torch_dtypes
 from graftq.plugin.checkpoint.padding import is_padded
-from graftq.plugin.checkpoint.validation import check_values
+from graftq.plugin.checkpoint.values import check_values
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExperts

@@ -126,9 +126,13 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
         if not isinstance(module, (QuantLinear, QuantExperts)):
             continue
         if not _is_in_place(name, origin):
+            advice = (
+                "it was added, copied or moved after loading: dequantize() the model first, then change and save it"
+            )
+            if ".base_layer" in f".{name}":
+                advice = "an adapter surrounds it: save that, or unload() it first"
             raise ValueError(
-                f"{name} is not where it was loaded, so nothing that loads the model would find it; "
-                "if an adapter surrounds it, save that, or unload() it first"
+                f"{name} is not where it was loaded, so nothing that loads the model would find it; {advice}"
             )
         packed = present(model, name, module)
         for own in packed:

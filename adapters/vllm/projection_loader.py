@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from graftq.plugin.checkpoint.headers import SUFFIXES, TensorInfo, torch_dtypes
-from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs

@@ -12,7 +12,8 @@ rules              which module the patterns of ``dynamic`` match, in bounded ti
 automaton          whether one such pattern matches a name
 weight_files       which files hold the weights
 headers            which tensors these hold, of which shape and dtype
-validation         from the tensors of one projection to its ``QuantSpec``, or a named refusal
+validation         from the headers of one projection to its ``QuantSpec``, or a named refusal
+values             whether its values bear that out
 padding            whether what the model has no place for is zero
 unread             what a checkpoint holds and nothing would read
 projections        the same for every projection of a checkpoint, without a model

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.headers import CheckpointIndex, TensorInfo
 from graftq.plugin.checkpoint.padding import is_padded
-from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import QuantSpec
 

@@ -1,28 +1,23 @@
 """From the tensors of one projection to its :class:`QuantSpec`, or to an error that says what is wrong.
 
-The tensors decide; the configuration is held against them. Of ``qweight``'s values, only those that the model has no
-place for are looked at, so that checking a checkpoint reads about a tenth of it.
+The tensors decide; the configuration is held against them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graftq.plugin.checkpoint.headers import TensorInfo
-from graftq.plugin.checkpoint.padding import check_padding, is_padded
 from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.spec import SUPPORTED_BITS, QuantSpec
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
-
-LARGEST_WEIGHT = math.sqrt(3.4e38)
-"""Beyond this, a weight's product with an activation of its own size is no float32, in which every kernel adds up."""
 
 Fail = Callable[[str], CheckpointError]
 
@@ -67,7 +62,8 @@ def spec_from_headers(
         has_bias: Whether the model's layer adds a bias.
 
     Returns:
-        The spec; ``desc_act`` and ``sym`` as declared, until :func:`check_values` has seen the values.
+        The spec; ``desc_act`` and ``sym`` as declared, until
+        :func:`~graftq.plugin.checkpoint.values.check_values` has seen the values.
 
     Raises:
         CheckpointError: naming file, module and reason.
@@ -143,63 +139,6 @@ def is_gptq(tensors: Mapping[str, TensorInfo]) -> bool:
     return info.shape[1] == scales.shape[1]
 
 
-def check_values(
-    module: str,
-    infos: Mapping[str, TensorInfo],
-    spec: QuantSpec,
-    declared: Declared,
-    values: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | None = None,
-) -> QuantSpec:
-    """Hold a projection's values against its spec and its label.
-
-    Args:
-        module: Its name in the checkpoint.
-        infos: Its tensors' headers by suffix.
-        spec: From :func:`spec_from_headers`.
-        declared: What the configuration says.
-        values: The tensors themselves by suffix, ``qweight`` only where the spec has padding.
-        dtype: What the layer computes in, if that is known.
-
-    Returns:
-        The spec with ``desc_act`` and ``sym`` as the values show them.
-
-    Raises:
-        CheckpointError: if ``g_idx`` is out of range, scales are not finite or too large to compute with, the zero
-            points contradict the label, a bias is not zero where the model has none, or padding is not zero.
-    """
-    scales = values["scales"]
-    if not scales.isfinite().all():
-        info = infos["scales"]
-        bad = "NaN" if scales.isnan().any() else "infinite"
-        raise CheckpointError(f"{bad} values among the scales", file=info.file, module=info.name)
-    _check_range(infos["scales"], spec, scales, dtype)
-    if "bias" in values and not spec.has_bias and values["bias"].any():
-        info = infos["bias"]
-        raise CheckpointError("non-zero bias, but the model's layer has none", file=info.file, module=info.name)
-    if "g_idx" in values:
-        spec = _check_g_idx(infos["g_idx"], spec, declared, values["g_idx"])
-    elif spec.num_groups > 1 and (spec.desc_act or declared.disputed_order):
-        why = declared.disputed_order or "desc_act is true"
-        raise CheckpointError(f"{why} but g_idx is missing", file=infos["qweight"].file, module=module)
-    spec = replace(spec, sym=_check_zero_points(infos["qzeros"], spec, declared, values["qzeros"]))
-    if is_padded(spec):
-        check_padding(module, infos, spec, values)
-    return spec
-
-
-def _check_range(info: TensorInfo, spec: QuantSpec, scales: torch.Tensor, dtype: torch.dtype | None) -> None:
-    import torch
-
-    largest = float(scales.abs().max()) * 2**spec.bits
-    limit = LARGEST_WEIGHT if dtype is None else min(torch.finfo(dtype).max, LARGEST_WEIGHT)
-    if largest > limit:
-        where = "" if dtype is None or limit == LARGEST_WEIGHT else f" in {str(dtype).removeprefix('torch.')}"
-        raise CheckpointError(
-            f"scales up to {largest / 2**spec.bits:.3g} overflow{where}", file=info.file, module=info.name
-        )
-
-
 def _check_dtypes(module: str, tensors: Mapping[str, TensorInfo]) -> None:
     integers: dict[str, tuple[str, ...]] = {"qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32", "I64")}
     allowed = {**integers, "scales": SCALE_DTYPES, "bias": SCALE_DTYPES}
@@ -258,53 +197,3 @@ def _fit_group_size(num_groups: int, k: int, padded_in: int, declared: Declared,
             f"but scales has {num_groups} rows"
         )
     return k if size == -1 or num_groups == 1 else size
-
-
-def _check_g_idx(info: TensorInfo, spec: QuantSpec, declared: Declared, g_idx: torch.Tensor) -> QuantSpec:
-    import torch
-
-    used = g_idx[: spec.in_features]
-    low, high = int(used.min()), int(used.max())
-    if low < 0 or high >= spec.num_groups:
-        raise CheckpointError(
-            f"group {low if low < 0 else high} out of range, there are {spec.num_groups} groups",
-            file=info.file,
-            module=info.name,
-        )
-    if spec.num_groups == 1:
-        return replace(spec, desc_act=False)
-    if high == 0:
-        if declared.desc_act or declared.disputed_order:
-            why = declared.disputed_order or "desc_act is true"
-            raise CheckpointError(
-                f"all zeros, but there are {spec.num_groups} groups and {why}",
-                file=info.file,
-                module=info.name,
-            )
-        return replace(spec, desc_act=False)  # how GPTQ-for-LLaMa wrote "no act-order"
-    sequential = torch.arange(spec.in_features, dtype=used.dtype, device=used.device) // spec.group_size
-    return replace(spec, desc_act=not torch.equal(used, sequential))
-
-
-def _check_zero_points(info: TensorInfo, spec: QuantSpec, declared: Declared, qzeros: torch.Tensor) -> bool:
-    """Whether every zero point is ``2**(bits-1)``; raises if that contradicts the label."""
-    from graftq.quant_linear.packing import unpack_codes
-
-    stored = unpack_codes(qzeros.T, spec.bits, spec.out_features)
-    middle = 2 ** (spec.bits - 1)
-    low, high = int(stored.min()), int(stored.max())
-    if low == high == middle - spec.zero_offset:
-        return True
-    label, other = ("gptq", "gptq_v2") if spec.zero_offset else ("gptq_v2", "gptq")
-    if low == high == middle - (1 - spec.zero_offset):
-        # Also where `sym` is false: a whole projection of zero points that all happen to be this one is no chance.
-        raise CheckpointError(
-            f"labeled {label}, but the symmetric zero points are stored as {other} stores them ({low})",
-            file=info.file,
-            module=info.name,
-        )
-    if declared.sym:
-        raise CheckpointError(
-            f"labeled sym: true, but stored zero points range from {low} to {high}", file=info.file, module=info.name
-        )
-    return False

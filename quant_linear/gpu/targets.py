@@ -25,7 +25,9 @@ _KILOBYTES = {
 HAS_RUN = frozenset({"sm_90"})
 """Architectures on which the kernels have been run."""
 
-COMPILES = frozenset({"sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "gfx90a", "gfx942", "gfx1100", "gfx1201"})
+COMPILES = frozenset(
+    {"sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100", "gfx1201"}
+)
 """Architectures for which the kernels have been compiled, and no more (``docs/devices.md``)."""
 
 

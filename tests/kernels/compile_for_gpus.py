@@ -70,6 +70,7 @@ def main() -> None:
 
         build(up_vector_kernel, 90, "fp16", bits, 128, True, **GATED, AFTER_GATHER=True)
         build(experts_matrix_kernel, 90, "fp16", bits, 128, True, **GATED)
+    build(vector_kernel, 75, "fp16", 3, 128, False, PROGRAM="")
     build(up_vector_kernel, 80, "bf16", 3, 0, False, **GATED)
     build(down_vector_kernel, 90, "fp16", 4, 128, True, HAS_BIAS=True)
     build(down_vector_kernel, 80, "bf16", 3, 0, False)

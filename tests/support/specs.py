@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from graftq.plugin.checkpoint.headers import TensorInfo, torch_dtypes
-from graftq.plugin.checkpoint.validation import Declared, check_values, spec_from_headers
+from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
+from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.spec import QuantSpec
 from support.gptq import Recipe
 

@@ -211,3 +211,27 @@ def test_copies_and_pickles_can_be_saved(again: Any, layout: str, originals: dic
 
 def test_example() -> None:
     assert "the same" in run_example("save_and_reload.py")
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "appended": lambda layers: layers.append(copy.deepcopy(layers[0])),
+    "repeated": lambda layers: layers.append(layers[1]),
+    "inserted": lambda layers: layers.insert(1, copy.deepcopy(layers[0])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layers_that_were_copied(change: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    model = load(originals["llama"])
+    CHANGES[change](model.model.layers)
+    with pytest.raises(ValueError, match=r"layers\.2\..*not where it was loaded.*added, copied or moved after loading"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["layer", "experts"])
+def test_packed_weights_are_not_trained(what: str, originals: dict[str, Path]) -> None:
+    layer = load(originals["mixtral"]).model.layers[0]
+    module = layer.self_attn.q_proj if what == "layer" else layer.mlp.experts
+    with pytest.raises(ValueError, match=r"packed weights cannot be trained: Quant.*; train adapters"):
+        module.requires_grad_(True)
+    assert module.requires_grad_(False) is module
