@@ -195,9 +195,14 @@ def choose_kernel(request: Request[Any]) -> Selection:
     A provider that cannot be prepared is left out from then on.
     """
     from graftq.quant_linear.experts_spec import ExpertsSpec
+    from graftq.quant_linear.selection import Accepted
 
     while not _prepare((selection := find_kernel(request)).provider):
         pass
+    verdict = selection.verdicts[selection.provider.name]
+    if isinstance(verdict, Accepted) and verdict.note and verdict.note not in _reported:
+        _reported.add(verdict.note)
+        logger.info("graftq: %s", verdict.note)
     if selection.provider.priority == 0:
         if isinstance(request.spec, ExpertsSpec):
             slow, asked_for = "experts on %s run one by one", _forced() == REFERENCE

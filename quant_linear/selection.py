@@ -46,9 +46,11 @@ class Accepted:
     Attributes:
         repacks: Whether the layout rearranges the checkpoint's tensors. If not, they stay under their names and in
             their layers.
+        note: What a user should know about the results, said once; "" for nothing.
     """
 
     repacks: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -116,3 +116,12 @@ def test_triton_absent(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mon
     [(_, message)] = messages(caplog)
     assert "triton is not installed" in message
     assert "pip install triton" in message
+
+
+def test_float16_on_a_cpu_says_its_accuracy(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype in (torch.float16, torch.float16, torch.bfloat16):
+        manager.choose_kernel(Request(SPEC, "cpu", dtype))
+    [(level, message)] = messages(caplog)
+    assert level == logging.INFO
+    assert "float16 has bfloat16's accuracy on CPUs" in message
+    assert "dtype=torch.float32" in message
