@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging import version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.checkpoints import write_pair
@@ -16,6 +18,7 @@ from support.loading import load
 from support.models import logits, relative_error, tiny
 from support.repacking import repacked  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import SeparateLayout
@@ -177,6 +180,10 @@ def test_merging_wants_a_dequantized_model(name: str, checkpoints: dict[str, Pat
     assert not any(name.endswith("qweight") for name in load_file(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"these transformers load adapters of their own with PEFT {MIN_PEFT_VERSION} and newer",
+)
 def test_transformers_own_adapters(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     model = adapted(checkpoints["llama"], config())
     expected = logits(model)
