@@ -59,7 +59,7 @@ def refusal(raw: Mapping[str, Any], file: str) -> CheckpointError | None:
             f"packing_format is {stated}, {what}; graftq reads AutoRound's {known}, the package auto-round all",
             file=file,
         )
-    for key in ("rotation_config", "spinquant_config", "transform_config"):
+    for key in ("rotation_config", "spinquant_config", "transform_config", "hadamard_config"):
         if raw.get(key):
             return CheckpointError(f"{key}: activations are rotated between layers; not GPTQ's format", file=file)
     whole = [Fields(raw, file), *(Fields(own, file, within(key)) for key, own in _quantized(raw, file).items())]
@@ -167,8 +167,9 @@ def _foreign(fields: Fields) -> CheckpointError | None:
     bits = fields.integer("act_bits")
     if bits is not None and bits < UNQUANTIZED:
         return fields.fail("act_bits", ": activations are quantized, too; not GPTQ's format")
-    if fields.raw.get("super_bits") is not None:
-        return fields.fail("super_bits", ": scales are quantized, too; not GPTQ's format")
+    for key in ("super_bits", "super_group_size"):
+        if fields.raw.get(key) is not None:
+            return fields.fail(key, ": scales are quantized, too; not GPTQ's format")
     return None
 
 
