@@ -21,7 +21,7 @@ def interpreter() -> str:
     python = os.environ.get(VARIABLE)
     if not python:
         pytest.skip(f"{VARIABLE} names no interpreter with vLLM; tests/vllm/environment makes one")
-    return python
+    return str(Path(python).absolute())  # processes are started in other folders
 
 
 @pytest.fixture(scope="session")
