@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -87,6 +87,48 @@ def shard_inputs(
         raise ValueError("act-order needs g_idx")
     part = replace(part, desc_act=True, stored_g_idx=width)
     return GptqTensors(qweight, tensors.qzeros, tensors.scales, g_idx[start:stop].contiguous(), bias), part
+
+
+def sort_inputs(tensors: GptqTensors, spec: QuantSpec) -> tuple[Shard, torch.Tensor | None]:
+    """The projection with its input rows sorted by group, for those who can deliver its inputs in any order.
+
+    An expert's ``down_proj`` is fed by outputs that nothing else reads, so ranks may share its inputs out by groups:
+    cut as they are stored, every rank would have some rows of every group under act-order, and scales for all of them.
+
+    Returns:
+        The projection, without act-order where all groups are of one size, and the input row at each place (int64
+        [in_features]); unchanged, and None, where rows are in order of their groups.
+
+    Raises:
+        ValueError: if ``g_idx`` is missing.
+    """
+    if not spec.desc_act or spec.num_groups == 1:
+        return (tensors, spec), None
+    if tensors.g_idx is None:
+        raise ValueError("act-order needs g_idx")
+    groups, order = tensors.g_idx[: spec.in_features].long().sort(stable=True)
+    codes = unpack_codes(tensors.qweight, spec.bits, spec.in_features)[order]
+    even = groups.equal(sequential_g_idx(spec, groups.device)[: spec.in_features].long())
+    g_idx = None if even else groups.to(tensors.g_idx.dtype)
+    stored = 0 if even else spec.in_features
+    part = replace(spec, desc_act=not even, padded_in=spec.in_features, stored_g_idx=stored)
+    return (replace(tensors, qweight=pack_codes(codes, spec.bits), g_idx=g_idx), part), order
+
+
+def shard_expert(wholes: Mapping[str, Shard], down: str, start: int, stop: int, keep_bias: bool) -> dict[str, Shard]:
+    """A rank's share of an expert: inner features ``start`` to ``stop``, sorted by the groups of the last projection.
+
+    Args:
+        wholes: The expert's projections by name; all but ``down`` have the inner features for outputs.
+        down: The name of the projection that has them for inputs.
+        start: First inner feature in that order.
+        stop: Beyond the last.
+        keep_bias: Whether this share adds the bias of ``down``; one of the shares should.
+    """
+    last, order = sort_inputs(*wholes[down])
+    features = slice(start, stop) if order is None else order[start:stop]
+    parts = {name: select_outputs(*whole, features) for name, whole in wholes.items() if name != down}
+    return {**parts, down: shard_inputs(*last, start, stop, keep_bias)}
 
 
 def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[GptqTensors, QuantSpec]]:

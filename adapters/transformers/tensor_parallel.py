@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
+from graftq.quant_linear.experts_spec import PROJECTIONS
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import Shard, shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import Shard, select_outputs, shard_inputs, shard_outputs, sort_inputs
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output", "colwise_rep")
 GATHERING = ("colwise_gather_output", "colwise_rep")
@@ -162,14 +163,16 @@ def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
     start, stop = part.of(width)
     up_name, down_name = experts.bias_names
     up_bias, down_bias = experts.up_bias, None if part.rank else experts.down_bias
+    shares, features = [], []
+    for number in range(experts.num_experts):
+        share, own = _cut_expert(experts, number, start, stop, part.rank == 0)
+        shares.append(share)
+        features.append(own)
     if up_bias is not None:
-        if experts.spec.is_gated and experts.spec.is_concatenated:
-            up_bias = torch.cat((up_bias[:, start:stop], up_bias[:, width + start : width + stop]), dim=1)
-        else:
-            ratio = 2 if experts.spec.is_gated else 1
-            up_bias = up_bias[:, ratio * start : ratio * stop].contiguous()
+        rows = torch.stack([_up_rows(experts, own, width) for own in features]).to(up_bias.device)
+        up_bias = up_bias.gather(1, rows)
     cut = QuantExperts(
-        [_cut_expert(experts, number, start, stop, part.rank == 0) for number in range(experts.num_experts)],
+        shares,
         experts.choose,
         experts.activate,
         is_concatenated=experts.spec.is_concatenated,
@@ -188,24 +191,36 @@ def _named(name: str | None, bias: torch.Tensor | None) -> tuple[str, nn.Paramet
     return None if name is None or bias is None else (name, nn.Parameter(bias))
 
 
-def _cut_expert(experts: QuantExperts, number: int, start: int, stop: int, is_first: bool) -> QuantExpert:
-    layers: dict[str, QuantLinear] = {}
+def _cut_expert(
+    experts: QuantExperts, number: int, start: int, stop: int, is_first: bool
+) -> tuple[QuantExpert, torch.Tensor]:
+    """A rank's share of an expert, and the inner features that it has: whole groups of ``down_proj`` where possible."""
     expert: Any = experts.get_submodule(str(number))
-    for name, layer in expert.named_children():
+    layers = dict(expert.named_children())
+    last, order = sort_inputs(layers["down_proj"].release(), layers["down_proj"].spec)
+    features = torch.arange(start, stop) if order is None else order[start:stop]
+    cut = {"down_proj": _layer(shard_inputs(*last, start, stop, keep_bias=is_first), layers.pop("down_proj"))}
+    for name, layer in layers.items():
         tensors, spec = layer.release(), layer.spec
-        if name == "down_proj":
-            shards = {name: shard_inputs(tensors, spec, start, stop, keep_bias=is_first)}
-        elif name == "gate_up_proj" and experts.spec.is_concatenated:
+        if name == "gate_up_proj" and experts.spec.is_concatenated:
             half = spec.out_features // 2
-            shards = {
-                "gate_proj": shard_outputs(tensors, spec, start, stop),
-                "up_proj": shard_outputs(tensors, spec, half + start, half + stop),
-            }
+            shares = {"gate_proj": features, "up_proj": half + features}
         else:
-            ratio = 2 if name == "gate_up_proj" else 1
-            shards = {name: shard_outputs(tensors, spec, ratio * start, ratio * stop)}
-        layers.update({own: _layer(shard, layer) for own, shard in shards.items()})
-    return QuantExpert(layers)
+            shares = {name: _interleaved(features) if name == "gate_up_proj" else features}
+        cut |= {own: _layer(select_outputs(tensors, spec, rows), layer) for own, rows in shares.items()}
+    return QuantExpert({name: cut[name] for name in PROJECTIONS if name in cut}), features
+
+
+def _up_rows(experts: QuantExperts, features: torch.Tensor, width: int) -> torch.Tensor:
+    """The columns of the layer's own bias of gate and up that belong to some of ``width`` inner features."""
+    if not experts.spec.is_gated:
+        return features
+    return torch.cat((features, width + features)) if experts.spec.is_concatenated else _interleaved(features)
+
+
+def _interleaved(features: torch.Tensor) -> torch.Tensor:
+    """Where gate and up of these features are, if they alternate."""
+    return torch.stack((2 * features, 2 * features + 1), dim=1).flatten()
 
 
 class _Shared(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import nn
 
 from graftq.adapters.vllm import stock
 from graftq.adapters.vllm.base_config import BaseConfig
-from graftq.adapters.vllm.projection_loader import ProjectionLoader, inputs, outputs
+from graftq.adapters.vllm.projection_loader import ProjectionLoader, uncut
 from graftq.plugin.checkpoint.headers import SUFFIXES
 from graftq.plugin.manager import choose_kernel
 from graftq.quant_linear.activations import Activation
@@ -19,6 +19,7 @@ from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.gpu.warmup import compile_kernels
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.sharding import shard_expert
 
 NAMES = {"w1": ("w1", "gate_proj"), "w2": ("w2", "down_proj"), "w3": ("w3", "up_proj")}
 """vLLM's names for an expert's projections, and what checkpoints call them."""
@@ -98,20 +99,28 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
                 self.loaders[local, shard_id] = self._expect(self._name(layer, expert_id, shard_id), shard_id)
             try:
                 self.loaders[local, shard_id].put(suffix, loaded_weight)
+                self._cut(layer, local)
             except CheckpointError as error:
                 raise self.config.stored.explain(error) from error
         return local >= 0 if return_success else None
 
     def _expect(self, module: str, shard: str) -> ProjectionLoader:
-        parallel = self.moe.moe_parallel_config
-        start = parallel.tp_rank * self.intermediate
-        stop, whole = start + self.intermediate, parallel.tp_size * self.intermediate
+        inner = self.moe.moe_parallel_config.tp_size * self.intermediate
+        sizes = (inner, self.hidden) if shard == "w2" else (self.hidden, inner)
         declared = self.config.gptq.for_module(module)
-        if shard == "w2":
-            cut, sizes = inputs(start, stop, keep_bias=parallel.tp_rank == 0), (whole, self.hidden)
-        else:
-            cut, sizes = outputs((start, stop)), (self.hidden, whole)
-        return ProjectionLoader(module, declared, *sizes, cut, self.device, self.dtype, self.moe.has_bias)
+        return ProjectionLoader(module, declared, *sizes, uncut, self.device, self.dtype, self.moe.has_bias)
+
+    def _cut(self, layer: Any, local: int) -> None:
+        """Reduce an expert to this rank's share, once all of it is there: which inner features depends on ``w2``."""
+        parallel = self.moe.moe_parallel_config
+        loaders = {shard: self.loaders.get((local, shard)) for shard in _shards(layer).values()}
+        if parallel.tp_size == 1 or not all(loader is not None and loader.is_complete for loader in loaders.values()):
+            return
+        wholes = {shard: loader.shards()[0] for shard, loader in loaders.items() if loader is not None}
+        start = parallel.tp_rank * self.intermediate
+        parts = shard_expert(wholes, "w2", start, start + self.intermediate, keep_bias=parallel.tp_rank == 0)
+        for shard, part in parts.items():
+            self.loaders[local, shard].keep(part)
 
     def _name(self, layer: Any, expert: int, shard: str) -> str:
         """The stored name of a projection; where it is not known, vLLM's name."""
@@ -127,9 +136,7 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
         if hasattr(layer, "graftq"):
             return
         self.config.stored.check()
-        shards = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-        if not layer.activation.is_gated:
-            shards = {"up_proj": "w1", "down_proj": "w2"}
+        shards = _shards(layer)
         try:
             experts = [
                 QuantExpert({name: self._linear(layer, expert, shard) for name, shard in shards.items()})
@@ -188,6 +195,13 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
 def _local(layer: Any, expert: int) -> int:
     """An expert's number on this rank; negative if it is another's."""
     return layer._map_global_expert_id_to_local_expert_id(expert)
+
+
+def _shards(layer: Any) -> dict[str, str]:
+    """An expert's projections, and vLLM's names for them."""
+    if not layer.activation.is_gated:
+        return {"up_proj": "w1", "down_proj": "w2"}
+    return {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def _parameters() -> list[str]:

@@ -84,6 +84,15 @@ class ProjectionLoader:
         if bias.any():
             raise CheckpointError("non-zero bias, but the model's layer has none", module=f"{self.module}.bias")
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tensors have been handed over."""
+        return not self._missing
+
+    def keep(self, shard: Shard) -> None:
+        """Keep this part of what :meth:`shards` has given, and no more."""
+        self._shards = [shard]
+
     def shards(self) -> list[Shard]:
         """What this rank keeps; to be asked when all of the checkpoint has been handed over.
 
@@ -116,6 +125,11 @@ class ProjectionLoader:
         spec = check_values(self.module, infos, spec, self.declared, self._tensors, self.dtype)
         tensors = GptqTensors(**self._tensors)
         return (tensors, spec) if spec.desc_act else (replace(tensors, g_idx=None), replace(spec, stored_g_idx=0))
+
+
+def uncut(tensors: GptqTensors, spec: QuantSpec) -> list[Shard]:
+    """Keep all."""
+    return [(tensors, spec)]
 
 
 def outputs(*ranges: tuple[int, int]) -> Cut:

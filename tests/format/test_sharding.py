@@ -12,7 +12,7 @@ from support.specs import spec_of
 
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.packing import dequantize
-from graftq.quant_linear.sharding import join_outputs, select_outputs, shard_inputs, shard_outputs
+from graftq.quant_linear.sharding import join_outputs, select_outputs, shard_expert, shard_inputs, shard_outputs
 from graftq.quant_linear.spec import QuantSpec
 
 RECIPES = [
@@ -92,3 +92,28 @@ def test_what_differs_stays_apart() -> None:
         tensors, _ = quantize(torch.randn(8, 64), recipe, np.random.default_rng())
         projections.append((GptqTensors(**tensors), spec_of(tensors, recipe, 64, 8)))
     assert [spec.out_features for _, spec in join_outputs(projections)] == [8, 8, 16, 8]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_shares_of_an_expert_add_up(recipe: Recipe, ranks: int) -> None:
+    """Whatever features a rank has: what feeds a feature and what reads it stay together."""
+    up, down = projection(recipe, 192, 64), projection(recipe)
+    whole = {"up": up[:2], "down": down[:2]}
+    x, width, total = torch.randn(3, 64), 192 // ranks, torch.zeros(3, 40)
+    for rank in range(ranks):
+        parts = shard_expert(whole, "down", rank * width, (rank + 1) * width, keep_bias=rank == 0)
+        first, last = (dequantize(*parts[name]) for name in ("up", "down"))
+        bias = parts["up"][0].bias
+        assert bias is not None
+        total += torch.relu(x @ first.T + bias) @ last.T
+    expected = torch.relu(x @ up[2].T + up[0].bias) @ down[2].T
+    assert (total - expected).norm() / expected.norm() < 1e-5
+
+
+def test_shares_of_an_expert_have_whole_groups() -> None:
+    """Under act-order, cut as they are stored, each share would have some rows of every group."""
+    up, down = projection(Recipe(4, 32), 192, 64), projection(Recipe(4, 32))
+    parts = shard_expert({"up": up[:2], "down": down[:2]}, "down", 96, 192, keep_bias=False)
+    spec = parts["down"][1]
+    assert (spec.num_groups, spec.group_size, spec.desc_act) == (3, 32, False)

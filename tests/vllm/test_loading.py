@@ -139,20 +139,23 @@ def test_padded_vocabulary(rank: int, checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("desc_act", [False, True], ids=["", "act-order"])
 @pytest.mark.parametrize(
-    ("rank", "ranks", "mine"),
-    [(0, 1, range(3)), (0, 2, range(3)), (1, 2, range(3)), (0, 1, range(1, 3))],
-    ids=["alone", "first half", "second half", "other experts elsewhere"],
+    ("ranks", "mine"),
+    [(1, range(3)), (2, range(3)), (4, range(3)), (1, range(1, 3))],
+    ids=["alone", "halves", "quarters", "other experts elsewhere"],
 )
-def test_experts(rank: int, ranks: int, mine: range, checkpoint: Checkpoint) -> None:
+def test_experts(ranks: int, mine: range, desc_act: bool, checkpoint: Checkpoint) -> None:
+    """The ranks' parts add up; which inner features each has is theirs to choose."""
     prefix = "model.layers.0.mlp.experts"
-    checkpoint.add_experts(prefix, 3, 96, 64, Recipe(3))
-    layer, method = experts_layer(checkpoint, prefix, 3, mine, rank, ranks)
+    checkpoint.add_experts(prefix, 3, 96, 64, Recipe(3, 16, desc_act))
     x, ids = torch.randn(4, 96), torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1]], dtype=torch.int32)
     weights = torch.rand(4, 2)
-    found = method.apply(layer, x, weights, ids, None, None)
-    rows = slice(rank * 64 // ranks, (rank + 1) * 64 // ranks)
-    assert relative_error(found, checkpoint.experts(prefix, x, ids, weights, mine, rows)) < 1e-5
+    total = torch.zeros(4, 96)
+    for rank in range(ranks):
+        layer, method = experts_layer(checkpoint, prefix, 3, mine, rank, ranks)
+        total += method.apply(layer, x, weights, ids, None, None)
+    assert relative_error(total, checkpoint.experts(prefix, x, ids, weights, mine, slice(None))) < 1e-5
 
 
 def test_files_decide_what_is_quantized(checkpoint: Checkpoint) -> None:
