@@ -106,9 +106,9 @@ class GraftqMoEMethod(_FusedMoEMethodBase):
 
     def _expect(self, module: str, shard: str) -> ProjectionLoader:
         inner = self.moe.moe_parallel_config.tp_size * self.intermediate
-        sizes = (inner, self.hidden) if shard == "w2" else (self.hidden, inner)
+        k, n = (inner, self.hidden) if shard == "w2" else (self.hidden, inner)
         declared = self.config.gptq.for_module(module)
-        return ProjectionLoader(module, declared, *sizes, uncut, self.device, self.dtype, self.moe.has_bias)
+        return ProjectionLoader(module, declared, k, n, uncut, self.device, self.dtype, self.moe.has_bias)
 
     def _cut(self, layer: Any, local: int) -> None:
         """Reduce an expert to this rank's share, once all of it is there: which inner features depends on ``w2``."""
