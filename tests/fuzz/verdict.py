@@ -73,8 +73,21 @@ def _load(folder: Path, checkpoint: Checkpoint, base: Base) -> tuple[str, str]:
         found = logits(model)
     except Exception as error:
         return _raised(error, _tail(), folder, checkpoint, "loads, and raises when run")
+    verdict = _held_against_truth(found, model.dtype, folder, checkpoint, base)
+    if verdict[0] == "right" or model.dtype == torch.float32:
+        return verdict
+    # Half precision can choose other experts, and has no grouped product for some sizes: are the files read right?
+    exact = AutoModelForCausalLM.from_pretrained(folder, **{**checkpoint.arguments, "dtype": torch.float32})
+    again = _held_against_truth(logits(exact), torch.float32, folder, checkpoint, base)
+    return ("right", f"in float32 {again[1]}; {verdict[1]}") if again[0] == "right" else verdict
+
+
+def _held_against_truth(
+    found: torch.Tensor, dtype: torch.dtype, folder: Path, checkpoint: Checkpoint, base: Base
+) -> tuple[str, str]:
     try:
-        return _compare(found, model.dtype, _truth(folder, checkpoint, base))
+        truth = _truth(folder, checkpoint, base)
+        return _compare(found, dtype, lambda wanted: truth(wanted or (dtype if dtype == torch.float32 else None)))
     except NoMeaning as reason:
         return "wrong in silence", f"loads, though it has no meaning: {reason}"
     except Exception:
