@@ -35,6 +35,7 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         "peft.tuners.tuners_utils": _patch_tuners,
         "peft.tuners.lora.config": _patch_config,
         "peft.tuners.lora.model": _patch_model,
+        "peft.tuners.adaption_prompt.layer": _patch_adaption_prompt,
     }
 
 
@@ -66,3 +67,9 @@ def _patch_model(module: ModuleType) -> None:
     from graftq.adapters.peft import patches
 
     patches.patch_model(module)
+
+
+def _patch_adaption_prompt(module: ModuleType) -> None:
+    from graftq.adapters.peft import patches
+
+    patches.patch_adaption_prompt(module)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from graftq.plugin.patching import replace_attribute
@@ -51,6 +52,27 @@ def patch_tuners(module: ModuleType) -> None:
     replace_attribute(module.BaseTuner, "inject_adapter", put_around)
     replace_attribute(module.BaseTuner, "_replace_module", _replace_quietly)
     replace_attribute(module.BaseTuner, "_inject_parameters", _inject_into_experts)
+
+
+def patch_adaption_prompt(module: ModuleType) -> None:
+    """Let adaption prompts find the device of an attention module that has nothing but packed layers."""
+    replace_attribute(module._BaseAdaptedAttention, "__init__", _with_a_parameter)
+
+
+def _with_a_parameter(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, model_type: str, adapter_len: int, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        device = next((tensor.device for tensor in model.buffers()), None)
+        lends = device is not None and next(model.parameters(), None) is None
+        if lends:  # PEFT looks at the first parameter, and packed tensors are buffers
+            model.register_parameter("_graftq_device", nn.Parameter(torch.empty(0, device=device), requires_grad=False))
+        try:
+            original(self, model_type, adapter_len, model, *args, **kwargs)
+        finally:
+            if lends:
+                del model._graftq_device
+
+    return __init__
 
 
 def _register_layers(original: Callable[..., None]) -> Callable[..., None]:

@@ -171,7 +171,7 @@ class GptqHfQuantizer(DeferringQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._restore_dtypes(model)
         self._is_distributed = tensor_parallel.shard(model)
-        bind(model, model.config.dtype)
+        bind(model, model.config.dtype or model.dtype)  # a configuration made by hand states none
         mark_attention(model)
         self._on_kernels = all(module.kernel not in (None, "torch") for module in packed_modules(model))
         self._remember_origin(model)

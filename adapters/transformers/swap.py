@@ -33,7 +33,7 @@ def swap_modules(model: Any, plan: Placement, plain: dict[str, nn.Module]) -> di
         these are to be dequantized while loading.
     """
     dense = {}
-    dtype = model.config.dtype
+    dtype = model.config.dtype or model.dtype
     kept = model._get_dtype_plan(dtype)
     for target, projection in plan.projections.items():
         if projection.container:

@@ -116,6 +116,7 @@ def test_around_packed_layers(method: str, packed: Any, plain: Any) -> None:
     assert logits(found.unload()).equal(logits(packed))
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's, with transformers 5.24
 @pytest.mark.parametrize("method", BESIDE)
 def test_beside_packed_layers(method: str, packed: Any, plain: Any) -> None:
     found, expected = adapted(packed, config(method)), adapted(plain, config(method))
