@@ -132,7 +132,6 @@ def plain_state(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> dict[str,
     """The tensors of the float twin."""
     state: dict[str, Stored] = {}
     modules: dict[str, dict[str, Stored]] = {}
-    has_biases = checkpoint.config.get("attention_bias") or checkpoint.config.get("mlp_bias")
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix in ("qweight", "qzeros", "scales", "g_idx"):
@@ -146,9 +145,14 @@ def plain_state(checkpoint: Checkpoint, tensors: dict[str, Stored]) -> dict[str,
         bias = state.get(f"{module}.bias")
         if bias is not None and bias.shape[0] > checkpoint.shapes[module][0]:
             state[f"{module}.bias"] = bias = Stored.of(bias.floats()[: checkpoint.shapes[module][0]])
-        if bias is not None and not has_biases and not bias.floats().any():
+        if bias is not None and not _may_have_bias(checkpoint, module) and not bias.floats().any():
             del state[f"{module}.bias"]  # AutoGPTQ writes one of zeros for every layer
     return state
+
+
+def _may_have_bias(checkpoint: Checkpoint, module: str) -> bool:
+    kinds = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}
+    return any(checkpoint.config.get(field) and part in module for field, part in kinds.items())
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
@@ -178,6 +182,8 @@ def twin_logits(checkpoint: Checkpoint, state: dict[str, Stored], dtype: torch.d
     if info["missing_keys"] or info["mismatched_keys"]:
         raise NoMeaning("the model has other weights")
     for name in info["unexpected_keys"]:
+        if name.endswith(".bias") and name in state and not state[name].floats().any():
+            continue  # AutoGPTQ's, where the model does not have the bias that its configuration speaks of
         if name not in state or name in checkpoint.plain or _is_of_packed(checkpoint, name):
             raise NoMeaning(f"{name} has no place")
     found = logits(model)
