@@ -23,12 +23,11 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
     found = _version()
     if not ((4, 51) <= found < (5, 0) or found >= (5, 16)):
         raise RuntimeError(f"transformers {'.'.join(map(str, found))}: graftq knows 4.51 to 4.57, and 5.16 and newer")
-    return {
-        "transformers.quantizers.auto": _patch_quantizers,
-        "transformers.modeling_utils": _patch_modeling,
-        "transformers.generation.utils": _patch_generation,
-        "transformers.generation.continuous_batching.continuous_api": _patch_continuous_batching,
-    }
+    seams = {"transformers.quantizers.auto": _patch_quantizers, "transformers.modeling_utils": _patch_modeling}
+    if found >= (5, 16):
+        seams["transformers.generation.utils"] = _patch_generation
+        seams["transformers.generation.continuous_batching.continuous_api"] = _patch_continuous_batching
+    return seams
 
 
 def quantize(arguments: Any) -> int:
@@ -62,10 +61,9 @@ def _patch_generation(module: ModuleType) -> None:
 
 
 def _patch_continuous_batching(module: ModuleType) -> None:
-    if hasattr(getattr(module, "ContinuousMixin", None), "init_continuous_batching"):  # not in every 4.x
-        from graftq.adapters.transformers.continuous_batching import patch_continuous_batching
+    from graftq.adapters.transformers.continuous_batching import patch_continuous_batching
 
-        patch_continuous_batching(module)
+    patch_continuous_batching(module)
 
 
 def _patches() -> ModuleType:

@@ -13,6 +13,7 @@ from support.loading import load
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import continuous_api
 
+from graftq.adapters import transformers as adapter
 from graftq.adapters.transformers import continuous_batching
 
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
@@ -52,3 +53,10 @@ def test_one_line(
 def test_taken_over() -> None:
     init = continuous_api.ContinuousMixin.init_continuous_batching
     assert init.__globals__ is vars(continuous_batching)
+
+
+def test_transformers_4_generates_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its continuous batching takes other arguments, and our quantizer for 5 cannot be imported there."""
+    monkeypatch.setattr(adapter, "_version", lambda: (4, 57))
+    seams = adapter.graftq_seams("transformers") or {}
+    assert sorted(seams) == ["transformers.modeling_utils", "transformers.quantizers.auto"]
