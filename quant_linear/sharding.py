@@ -125,10 +125,17 @@ def shard_expert(wholes: Mapping[str, Shard], down: str, start: int, stop: int, 
         stop: Beyond the last.
         keep_bias: Whether this share adds the bias of ``down``; one of the shares should.
     """
-    last, order = sort_inputs(*wholes[down])
-    features = slice(start, stop) if order is None else order[start:stop]
-    parts = {name: select_outputs(*whole, features) for name, whole in wholes.items() if name != down}
-    return {**parts, down: shard_inputs(*last, start, stop, keep_bias)}
+    last, features = share_inputs(*wholes[down], start, stop, keep_bias)
+    return {name: last if name == down else select_outputs(*whole, features) for name, whole in wholes.items()}
+
+
+def share_inputs(
+    tensors: GptqTensors, spec: QuantSpec, start: int, stop: int, keep_bias: bool
+) -> tuple[Shard, torch.Tensor]:
+    """:func:`shard_inputs` of the rows sorted by group, and which rows these are: int64 [stop - start]."""
+    whole, order = sort_inputs(tensors, spec)
+    rows = torch.arange(start, stop, device=tensors.qweight.device) if order is None else order[start:stop]
+    return shard_inputs(*whole, start, stop, keep_bias), rows
 
 
 def join_outputs(parts: Sequence[tuple[GptqTensors, QuantSpec]]) -> list[tuple[GptqTensors, QuantSpec]]:

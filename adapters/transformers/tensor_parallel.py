@@ -18,7 +18,7 @@ from torch import nn
 from graftq.quant_linear.experts import QuantExpert, QuantExperts
 from graftq.quant_linear.experts_spec import PROJECTIONS
 from graftq.quant_linear.linear import QuantLinear
-from graftq.quant_linear.sharding import Shard, select_outputs, shard_inputs, shard_outputs, sort_inputs
+from graftq.quant_linear.sharding import Shard, select_outputs, shard_inputs, shard_outputs, share_inputs
 
 COLUMN_STYLES = ("colwise", "colwise_gather_output", "colwise_rep")
 GATHERING = ("colwise_gather_output", "colwise_rep")
@@ -197,9 +197,9 @@ def _cut_expert(
     """A rank's share of an expert, and the inner features that it has: whole groups of ``down_proj`` where possible."""
     expert: Any = experts.get_submodule(str(number))
     layers = dict(expert.named_children())
-    last, order = sort_inputs(layers["down_proj"].release(), layers["down_proj"].spec)
-    features = torch.arange(start, stop) if order is None else order[start:stop]
-    cut = {"down_proj": _layer(shard_inputs(*last, start, stop, keep_bias=is_first), layers.pop("down_proj"))}
+    down = layers.pop("down_proj")
+    last, features = share_inputs(down.release(), down.spec, start, stop, keep_bias=is_first)
+    cut = {"down_proj": _layer(last, down)}
     for name, layer in layers.items():
         tensors, spec = layer.release(), layer.spec
         if name == "gate_up_proj" and experts.spec.is_concatenated:
