@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from graftq.adapters.transformers.generation import is_loaded_packed
 from graftq.plugin.patching import replace_attribute
 
 logger = logging.getLogger("graftq")
@@ -25,11 +26,9 @@ def _look_at_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_continuous_batching(
         self: Any, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        from graftq.adapters.transformers.quantizer import GptqHfQuantizer  # which needs more than is imported yet
-
         attention = str(self.config._attn_implementation)
         if (
-            isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer)
+            is_loaded_packed(self)
             and self.device.type == "cuda"
             and getattr(continuous_batching_config, "use_cuda_graph", None) is None
             and "flash" not in attention

@@ -29,12 +29,17 @@ def patch_generation(module: ModuleType) -> None:
     replace_attribute(module, "DeferredStopCheck", _for_packed)
 
 
+def is_loaded_packed(model: Any) -> bool:
+    """Whether graftq has loaded or made the packed layers of this model."""
+    from graftq.adapters.transformers.quantizer import GptqHfQuantizer  # which needs more than is imported yet
+
+    return isinstance(getattr(model, "hf_quantizer", None), GptqHfQuantizer)
+
+
 def _tell_packed(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from graftq.adapters.transformers.quantizer import GptqHfQuantizer  # which needs more than is imported yet
-
-        token = _is_packed.set(isinstance(getattr(self, "hf_quantizer", None), GptqHfQuantizer))
+        token = _is_packed.set(is_loaded_packed(self))
         try:
             return original(self, *args, **kwargs)
         finally:

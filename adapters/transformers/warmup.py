@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftq.adapters.transformers.packed_layers import packed_modules
 from graftq.plugin import switches
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.gpu.warmup import compile_kernels
@@ -42,7 +43,7 @@ def warm_up(model: Any, tokens: int = 4096) -> int:
 
 def warm_up_packed(model: Any, tokens: int) -> None:
     """The same for a model that may not be packed; one that cannot be run on its dummy inputs is left as it is."""
-    if not any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules()):
+    if next(packed_modules(model), None) is None:
         return
     try:
         warm_up(model, tokens)

@@ -48,10 +48,12 @@ def compile_kernels(module: QuantLinear | QuantExperts, call: Callable[[int], ob
     Returns:
         The number of kernels that were compiled, or read from Triton's cache on disk; 0 where Triton runs none.
     """
+    if tokens < 1 or module.kernel != "triton":
+        return 0
     tensors = [*module.named_parameters(), *module.named_buffers()]
     device = tensors[0][1].device
     kind = (repr(module), tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors), device, tokens)
-    if tokens < 1 or module.kernel != "triton" or kind in _compiled:
+    if kind in _compiled:
         return 0
     from graftq.quant_linear.gpu.experts.tile_heuristics import TOKENS_AT_ONCE
     from graftq.quant_linear.gpu.tile_heuristics import FUSED_TOKENS
