@@ -30,46 +30,21 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         logger.info("graftq knows PEFT from 0.21 on, and this is %s, which finds no packed layer to adapt", found)
         return None
     return {
-        "peft.utils.other": _patch_wrappers,
-        "peft.peft_model": _patch_peft_model,
-        "peft.tuners.tuners_utils": _patch_tuners,
-        "peft.tuners.lora.config": _patch_config,
-        "peft.tuners.lora.model": _patch_model,
-        "peft.tuners.adaption_prompt.layer": _patch_adaption_prompt,
+        "peft.utils.other": _by("patch_wrappers"),
+        "peft.peft_model": _by("patch_peft_model"),
+        "peft.tuners.tuners_utils": _by("patch_tuners"),
+        "peft.tuners.lora.config": _by("patch_config"),
+        "peft.tuners.lora.model": _by("patch_model"),
+        "peft.tuners.adaption_prompt.layer": _by("patch_adaption_prompt"),
     }
 
 
-def _patch_wrappers(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
+def _by(name: str) -> Callable[[ModuleType], None]:
+    """A patch of :mod:`graftq.adapters.peft.patches`, which imports what is there only once it is called for."""
 
-    patches.patch_wrappers(module)
+    def patch(module: ModuleType) -> None:
+        from graftq.adapters.peft import patches
 
+        getattr(patches, name)(module)
 
-def _patch_peft_model(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
-
-    patches.patch_peft_model(module)
-
-
-def _patch_tuners(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
-
-    patches.patch_tuners(module)
-
-
-def _patch_config(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
-
-    patches.patch_config(module)
-
-
-def _patch_model(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
-
-    patches.patch_model(module)
-
-
-def _patch_adaption_prompt(module: ModuleType) -> None:
-    from graftq.adapters.peft import patches
-
-    patches.patch_adaption_prompt(module)
+    return patch
