@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from graftq.plugin.checkpoint.headers import SUFFIXES, TensorInfo, torch_dtypes
+from graftq.plugin.checkpoint.headers import SUFFIXES, info_of
 from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
 from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.errors import CheckpointError
@@ -108,17 +108,7 @@ class ProjectionLoader:
     def _check(self) -> Shard:
         if not self._tensors:
             raise CheckpointError("no tensor in the checkpoint for this projection", module=self.module)
-        names = {dtype: name for name, dtype in torch_dtypes().items()}
-        infos = {
-            suffix: TensorInfo(
-                name=f"{self.module}.{suffix}",
-                file="",
-                shape=tuple(tensor.shape),
-                dtype=names.get(tensor.dtype, str(tensor.dtype)),
-                nbytes=tensor.nbytes,
-            )
-            for suffix, tensor in self._tensors.items()
-        }
+        infos = {suffix: info_of(f"{self.module}.{suffix}", tensor) for suffix, tensor in self._tensors.items()}
         spec = spec_from_headers(
             self.module, infos, self.declared, self.in_features, self.out_features, has_bias=self.has_bias
         )

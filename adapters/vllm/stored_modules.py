@@ -18,11 +18,10 @@ from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
 from graftq.plugin.checkpoint.json_files import read_object
 from graftq.plugin.checkpoint.source import Source
+from graftq.plugin.checkpoint.unlabeled import PACKED
 from graftq.plugin.checkpoint.unread import check_all_read
 from graftq.plugin.checkpoint.weight_files import NOT_WEIGHTS, SAFE_ENDINGS, read_weight_map
 from graftq.quant_linear.errors import CheckpointError
-
-PACKED = (".qweight", ".qzeros")
 
 Mapper = Callable[[list[str]], list[str]]
 """From names as stored to vLLM's names, as ``WeightsMapper.apply_list``; what it drops is missing from the result."""

@@ -269,10 +269,14 @@ def torch_dtypes() -> dict[str, torch.dtype]:
     }
 
 
+def info_of(name: str, tensor: torch.Tensor, file: str = "") -> TensorInfo:
+    """What the header of ``file`` would say of a tensor in memory."""
+    names = {dtype: own for own, dtype in torch_dtypes().items()}
+    return TensorInfo(name, file, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), tensor.nbytes)
+
+
 def _read_pickle_header(file: str) -> Iterator[TensorInfo]:
-    names = {dtype: name for name, dtype in torch_dtypes().items()}
-    for name, tensor in _load_pickle(file).items():
-        yield TensorInfo(name, file, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), tensor.nbytes)
+    return (info_of(name, tensor, file) for name, tensor in _load_pickle(file).items())
 
 
 def _kind(value: object) -> str:

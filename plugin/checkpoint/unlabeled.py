@@ -69,16 +69,16 @@ def mentions_packed(path: str) -> bool:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as stream:
                 start = stream.read(_SCANNED)
-            return any(name in start for name in names)
-        with zipfile.ZipFile(path) as archive:
-            entry = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
-            if entry is None:
-                return False
-            with archive.open(entry) as stream:
-                start = stream.read(_SCANNED)
-            return any(name in start for name in names)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                entry = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+                if entry is None:
+                    return False
+                with archive.open(entry) as stream:
+                    start = stream.read(_SCANNED)
     except (OSError, zipfile.BadZipFile):
         return False
+    return any(name in start for name in names)
 
 
 def refusal(why: str, file: str, module: str | None, index: CheckpointIndex | None) -> CheckpointError:

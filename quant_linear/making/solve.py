@@ -11,6 +11,7 @@ from graftq.quant_linear.making.factor import Factor, factorize, normalized
 from graftq.quant_linear.making.grid import Grid, storable
 from graftq.quant_linear.making.improve import descend, objective, refit
 from graftq.quant_linear.making.moments import Moments
+from graftq.quant_linear.packing import weights_of
 from graftq.quant_linear.spec import SUPPORTED_BITS
 
 ORDERS = ("static", "grouped", "stored")
@@ -96,9 +97,8 @@ class Solution:
 
     def weight(self, index: int = 0) -> torch.Tensor:
         """What a layer has become, float32 [N, K]."""
-        group = self.g_idx[index].long()
-        centered = self.codes[index].float() - self.zeros[index].float()[group]
-        return (centered * self.scales[index].float()[group]).T
+        zeros, group = self.zeros[index].to(torch.int32), self.g_idx[index].long()
+        return weights_of(self.codes[index], zeros, self.scales[index], group).T
 
 
 @torch.no_grad()

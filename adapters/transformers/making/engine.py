@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,18 +126,13 @@ def quantize_block(
     return result
 
 
-class _named:
+@contextmanager
+def _named(block: str, stage: list[Unit]) -> Iterator[None]:
     """Names the module in what is raised inside."""
-
-    def __init__(self, block: str, stage: list[Unit]):
-        self.name = f"{block}.{stage[0].name}" if stage else block
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.name}: {error}") from error
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{f'{block}.{stage[0].name}' if stage else block}: {error}") from error
 
 
 def _inside(modules: tuple[str, ...] | None) -> list[str] | None:

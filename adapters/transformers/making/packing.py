@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from graftq.adapters.transformers.making.engine import Made
 from graftq.adapters.transformers.making.model import ModelResult
 from graftq.adapters.transformers.packed_layers import PlacedProjection
 from graftq.adapters.transformers.placement import Placement
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
 from graftq.adapters.transformers.registry import GPTQConfig
-from graftq.plugin.checkpoint.headers import TensorInfo
-
-DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-"""What safetensors calls the dtypes of packed tensors."""
+from graftq.plugin.checkpoint.headers import info_of
 
 
 def pack_model(model: Any, result: ModelResult) -> None:
@@ -38,7 +33,7 @@ def pack_model(model: Any, result: ModelResult) -> None:
 
 def _placed(stored: str, one: Made) -> PlacedProjection:
     infos = {
-        suffix: TensorInfo(f"{stored}.{suffix}", "", tuple(tensor.shape), DTYPES[tensor.dtype], tensor.nbytes)
+        suffix: info_of(f"{stored}.{suffix}", tensor)
         for suffix, tensor in vars(one.tensors).items()
         if tensor is not None
     }

@@ -19,7 +19,7 @@ from graftq.adapters.transformers.making.report import Row, as_csv
 from graftq.adapters.transformers.making.source import INDEX, FloatCheckpoint, replaced_by
 from graftq.adapters.transformers.making.store import Store
 from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG
-from graftq.plugin.checkpoint.headers import torch_dtypes
+from graftq.plugin.checkpoint.headers import CheckpointIndex, torch_dtypes
 
 REPORT = "quantize_report.csv"
 COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
@@ -174,20 +174,9 @@ def _finish(given: FloatCheckpoint, out: Path, store: Store, options: Options, r
     for name, content in ((CONFIG, config), (QUANTIZE_CONFIG, parameters)):
         store.save_text(out / name, json.dumps(content, indent=2) + "\n")
     store.save_text(out / REPORT, as_csv([Row(*row) for row in store.rows]))
-    weight_map, size = {}, 0
-    for number in range(count + 1):
-        file = _shard(number, count)
-        header, size_of = read_header(out / file)
-        weight_map.update(dict.fromkeys(header, file))
-        size += size_of
+    written = CheckpointIndex.open([str(out / _shard(number, count)) for number in range(count + 1)]).tensors
+    size = sum(info.nbytes for info in written.values())
+    weight_map = {name: Path(info.file).name for name, info in written.items()}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     store.save_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     store.finish()
-
-
-def read_header(path: Path) -> tuple[list[str], int]:
-    """Names of the tensors in a file, and their size together."""
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    return [name for name in header if name != "__metadata__"], path.stat().st_size - 8 - length
