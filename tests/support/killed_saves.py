@@ -1,8 +1,9 @@
 """Saves over an older checkpoint, in processes that SIGKILL ends at random moments.
 
-A script, so that what forks has one thread: ``killed_saves.py CHECKPOINT EMPTY_FOLDER ROUNDS SEED``. It prints, for
-each round, whether the save was killed while "writing", while "renaming" or not at all, and which checkpoint then
-loads: "old", "new", or else what is wrong.
+``killed_saves.py CHECKPOINT EMPTY_FOLDER ROUNDS SEED`` prints, for each round, whether the save was killed while
+"writing", while "renaming" or not at all, and which checkpoint then loads: "old", "new", or else what is wrong.
+``killed_saves.py CHECKPOINT`` is the process that saves. It is not forked: loading starts threads, and a fork would
+inherit their locks as they stand.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,27 +36,54 @@ WAYS: list[Save] = [
 
 def main(checkpoint: Path, work: Path, rounds: int, seed: int) -> None:
     """Run the rounds."""
-    torch.set_num_threads(1)
-    old, new = load(checkpoint), load(checkpoint)
-    with torch.no_grad():
-        for name, parameter in new.named_parameters():
-            if "norm" in name:
-                parameter.mul_(1.5)
-    expected = {"old": logits(old), "new": logits(new)}
+    expected = {"old": logits(load(checkpoint)), "new": logits(_changed(checkpoint))}
+    old = load(checkpoint)
     chance = random.Random(seed)
+    saver = _start(checkpoint)
     for number in range(rounds):
-        before, after = chance.choice(WAYS), chance.choice(WAYS)
+        before, after = chance.choice(WAYS), chance.randrange(len(WAYS))
         folder = work / str(number)
         before(old, folder)
-        process = os.fork()
-        if not process:
-            after(new, folder)
-            os._exit(0)
-        moment = _wait_for_files(folder, chance) if number % 2 else _wait_for_time(chance)
-        os.kill(process, signal.SIGKILL)
-        killed = os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        process, saver = saver, _start(checkpoint)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()  # it has loaded
+        process.stdin.write(f"{after} {folder}\n")
+        process.stdin.flush()
+        moment = _wait_for_files(folder, process, chance) if number % 2 else _wait_for_time(chance)
+        process.kill()
+        killed = process.wait() == -signal.SIGKILL
         print(moment if killed else "never", _which(folder, expected), sep=": ", flush=True)
         shutil.rmtree(folder)
+    saver.kill()
+    saver.wait()
+
+
+def save(checkpoint: Path) -> None:
+    """Say that the model is there, and save it in the way and the folder that a line of the input names."""
+    model = _changed(checkpoint)
+    print("loaded", flush=True)
+    way, folder = sys.stdin.readline().rstrip("\n").split(" ", 1)
+    WAYS[int(way)](model, Path(folder))
+
+
+def _start(checkpoint: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__, str(checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _changed(checkpoint: Path) -> Any:
+    model = load(checkpoint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1.5)
+    return model
 
 
 def _wait_for_time(chance: random.Random) -> str:
@@ -62,10 +91,10 @@ def _wait_for_time(chance: random.Random) -> str:
     return "writing"
 
 
-def _wait_for_files(folder: Path, chance: random.Random) -> str:
+def _wait_for_files(folder: Path, process: subprocess.Popen[str], chance: random.Random) -> str:
     """Until the new weights begin to take the place of the old, and then a moment."""
-    before, deadline = _files(folder), time.monotonic() + 60
-    while _files(folder) == before and time.monotonic() < deadline:
+    before = _files(folder)
+    while _files(folder) == before and process.poll() is None:
         pass
     time.sleep(chance.uniform(0, 0.0003))
     return "renaming"
@@ -84,4 +113,8 @@ def _which(folder: Path, expected: dict[str, torch.Tensor]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    torch.set_num_threads(1)
+    if sys.argv[2:]:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        save(Path(sys.argv[1]))
