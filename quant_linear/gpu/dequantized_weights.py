@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from graftq.quant_linear.gpu.devices import program_for
-from graftq.quant_linear.gpu.tiled_layout import TILE_N, TiledLayout
+from graftq.quant_linear.gpu.tile_words import TILE_N
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.launch import Launch
 from graftq.quant_linear.spec import QuantSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import pairwise
 
@@ -29,6 +30,11 @@ def present(kind: str) -> list[Device]:
     if kind != "cuda" or not torch.cuda.is_available():
         return []
     return [device_of(torch.device(kind, index)) for index in range(torch.cuda.device_count())]
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the one that Triton compiles for and launches on."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 @lru_cache(maxsize=64)

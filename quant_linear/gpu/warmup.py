@@ -11,11 +11,11 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from graftq.quant_linear.experts import QuantExperts
+from graftq.quant_linear.gpu.devices import current
 from graftq.quant_linear.linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def compile_kernels(module: QuantLinear | QuantExperts, call: Callable[[int], ob
     try:
         with (
             torch.no_grad(),
-            _device(device),
+            current(device),
             ThreadPoolExecutor(workers) as executor,
             compiling_ahead(executor) as kernels,
         ):
@@ -76,7 +76,3 @@ def compile_kernels(module: QuantLinear | QuantExperts, call: Callable[[int], ob
         logger.warning("graftq: kernels of %s are compiled when they are first needed: %s", module, error)
         return 0
     return len(kernels)
-
-
-def _device(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -13,6 +13,7 @@ from graftq.quant_linear.kernels.experts_prepare import prepare_kernel
 from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
+from graftq.quant_linear.kernels.pack import pack_kernel
 from graftq.quant_linear.kernels.unpack import unpack_program
 
 POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i16", "high": "*i16", "scales": "*fp16"}
@@ -24,6 +25,8 @@ POINTERS |= {
     "columns": "*i32",
     "weights": "*fp32",
     "rows": "*fp32",
+    "qweight": "*i32",
+    "source": "*i64",
 }
 TILES = {"vector_kernel": (64, 1, 2), "matrix_kernel": (64, 16, 1, 2), "dequantize_kernel": ()}
 TILES |= {
@@ -31,7 +34,7 @@ TILES |= {
     "down_vector_kernel": (64, 2, 3, 8),
     "experts_matrix_kernel": (64, 16, 1, 2, 1),
 }
-TILES |= {"prepare_kernel": (), "weighted_sum_kernel": ()}
+TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": ()}
 GATED = {"ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True}
 
 
@@ -68,6 +71,7 @@ def main() -> None:
         build(matrix_kernel, 90, "bf16", bits, 32, False)
         build(vector_kernel, 80, "bf16", bits, 0, False)
 
+        build(pack_kernel, 90, "fp16", bits, 128, True)
         build(up_vector_kernel, 90, "fp16", bits, 128, True, **GATED, AFTER_GATHER=True)
         build(experts_matrix_kernel, 90, "fp16", bits, 128, True, **GATED)
     build(vector_kernel, 75, "fp16", 3, 128, False, PROGRAM="")

@@ -19,7 +19,8 @@ from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.gpu.experts.metadata import metadata_of, pack_metadata
 from graftq.quant_linear.gpu.experts.row_map import StackRows
 from graftq.quant_linear.gpu.split_counters import reserve
-from graftq.quant_linear.gpu.tiled_layout import CHUNK_TILES, TILE_N, TiledLayout
+from graftq.quant_linear.gpu.tile_words import TILE_N, from_tiles, to_tiles
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.row_order import RowOrder, can_multiply_as_one
@@ -124,11 +125,12 @@ class TiledExpertsLayout:
         metadata = metadata_of(self.spec, _below(packed, PREFIX), name, expert)
         own = {key: tensor[expert] for key, tensor in _below(packed, f"{PREFIX}{stack}_").items()}
         device = own["codes"].device
-        layout, in_units = TiledLayout(spec), form.down_in_units if stack == "down" else form.up_in_units
-        order = layout.row_order(metadata.g_idx, device, in_units).padded(own["codes"].shape[1] * 128)
+        in_units = form.down_in_units if stack == "down" else form.up_in_units
+        order = TiledLayout(spec).row_order(metadata.g_idx, device, in_units).padded(own["codes"].shape[1] * 128)
         rows = self.rows.holding(name, expert, own["columns"] if form.is_fused and stack == "up" else None, device)
         first, last = (int(rows.min()) // TILE_N, int(rows.max()) // TILE_N + 1)
-        qweight = layout.from_tiles({key: own[key][first:last] for key in ("codes", "high") if key in own}, order)
+        tiles: dict[str, torch.Tensor] = {key: own[key][first:last] for key in ("codes", "high") if key in own}
+        qweight = from_tiles(tiles, spec.bits, order, spec.packed_rows)
         scales = own["scales"][:, rows]
         if in_units:
             scales = scales[order.first_units(spec.num_groups)]
@@ -222,12 +224,9 @@ class TiledExpertsLayout:
         stack_names = tuple(name for run in runs for name in run.names)
         for run in runs:
             specs = {name: self.spec.of(name)[expert] for name in run.names}
-            layout = TiledLayout(specs[run.names[0]])
-            real, source = run.source >= 0, run.source.clamp(min=0)
             qweight = _side_by_side([stored[name].qweight for name in run.names])
-            for start in range(0, len(source), CHUNK_TILES * TILE_N):
-                chunk = slice(start, start + CHUNK_TILES * TILE_N)
-                tiles.append(layout.to_tiles(torch.where(real[chunk], qweight[:, source[chunk]], 0), run.order))
+            tiles.append(to_tiles(qweight, specs[run.names[0]].bits, run.order, run.source))
+            real, source = run.source >= 0, run.source.clamp(min=0)
             rows = run.order.unit_group if run.in_units else slice(None)
             scale = _side_by_side([stored[name].scales for name in run.names])
             scales.append(torch.where(real, scale[:, source], 0)[rows])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.tiled_layout import PADDED_N
+from graftq.quant_linear.gpu.tiled_layout import PADDED_N, columns_of
 from graftq.quant_linear.row_order import NO_ROW, RowOrder
 
 HALF_FRAGMENT = 8
@@ -87,8 +87,7 @@ class StackRows:
     def split_source(self, name: str, expert: int, device: torch.device) -> torch.Tensor:
         """For each row of a projection in the split form, its stored column; -1 for padding."""
         padded_out = self.spec.of(name)[expert].padded_out
-        index = torch.arange(_padded(padded_out) if name == "down_proj" else self.part_rows, device=device)
-        return torch.where(index < padded_out, index, -1)
+        return columns_of(padded_out, _padded(padded_out) if name == "down_proj" else self.part_rows, device)
 
     def holding(self, name: str, expert: int, columns: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """The rows that hold a projection's stored columns: int64 [padded_out].
