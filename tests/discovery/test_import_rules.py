@@ -12,6 +12,11 @@ from support.processes import ROOT, evaluate, run
 
 HEAVY = ("torch", "transformers", "triton")
 POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios"}
+POSIX_ONLY = {
+    *("os.chown", "os.fchmod", "os.fork", "os.geteuid", "os.getpgid", "os.getuid", "os.killpg", "os.mkfifo"),
+    *("os.sched_getaffinity", "os.setsid", "os.statvfs", "os.sysconf", "os.uname", "os.WIFSIGNALED"),
+    *("signal.SIGALRM", "signal.SIGKILL", "signal.alarm", "signal.pause"),
+}
 LIGHT = {"os", "importlib", "logging"}
 FOR_KERNELS = {"torch", "triton", "safetensors", "pluggy"}
 
@@ -68,6 +73,12 @@ def test_plugin_imports_nothing_heavy_at_once(path: Path) -> None:
 def test_nothing_posix_is_imported_at_once(path: Path) -> None:
     """What Windows lacks would fail there at the import."""
     assert not {root(module) for module in imported_at_once(of(path))} & POSIX
+
+
+@pytest.mark.parametrize("path", [*sources("plugin"), *sources("quant_linear"), *sources("adapters")], ids=name)
+def test_nothing_posix_is_called(path: Path) -> None:
+    named = {ast.unparse(node) for node in ast.walk(of(path)) if isinstance(node, ast.Attribute)}
+    assert not named & POSIX_ONLY
 
 
 def test_the_entry_points_module_imports_nothing_at_once() -> None:
