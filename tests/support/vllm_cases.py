@@ -32,13 +32,8 @@ SIZES: dict[str, Any] = {
 }
 
 # What each group of cases starts its process with; a group's cases share it.
-COMMON = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+COMMON = {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 ALONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 GROUPS: dict[str, dict[str, str]] = {
     "eager": {**COMMON, **ALONE, "TORCHDYNAMO_DISABLE": "1"},
@@ -46,8 +41,11 @@ GROUPS: dict[str, dict[str, str]] = {
     "multiprocess": {**COMMON, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
     "two ranks": {**COMMON, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"},
     "two stages": {**COMMON, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_DISABLE_COMPILE_CACHE": "1"},
+    "a GPU": {**QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"},
+    "two GPUs": {**QUIET, "VLLM_HOST_IP": "127.0.0.1", "VLLM_USE_FLASHINFER_SAMPLER": "0"},
 }
-COMPILED = ("compiled", "two stages")
+GPUS = {"a GPU": 1, "two GPUs": 2}
+COMPILED = ("compiled", "two stages", *GPUS)
 """vLLM's CPU runner allocates what one stage hands to the next only while it warms a compiled model up."""
 
 
@@ -82,7 +80,9 @@ class Case:
         engine = {"distributed_executor_backend": "uni", **self.engine}
         if self.group in COMPILED:
             engine["enforce_eager"] = False
-        if self.group in ("two ranks", "two stages"):
+        if self.group in GPUS:  # the kernels are for this dtype; it fits beside whatever else is on the GPU
+            engine |= {"dtype": "float16", "gpu_memory_utilization": 0.2}
+        if self.group in ("two ranks", "two stages", "two GPUs"):
             engine["distributed_executor_backend"] = "mp"
         prompts, expected = PROMPTS, None
         if self.truth is not None:
@@ -108,17 +108,19 @@ def _read_truth(file: Path) -> tuple[list[list[int]], list[dict[str, list[Any]]]
 
 
 def _ask_twin(folder: Path) -> list[dict[str, list[Any]]]:
-    """Greedy tokens, and their log-probabilities, of a plain float checkpoint in float32."""
+    """Greedy tokens, their log-probabilities, and their lead over the second best, of a float checkpoint in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []
     for prompt in PROMPTS:
-        ids, chosen = list(prompt), []
+        ids, chosen, leads = list(prompt), [], []
         for _ in range(NEW_TOKENS):
             with torch.no_grad():
                 scores = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            first, second = scores.topk(2).values.tolist()
             ids.append(int(scores.argmax()))
-            chosen.append(float(scores.max()))
-        answers.append({"tokens": ids[len(prompt) :], "logprobs": chosen})
+            chosen.append(first)
+            leads.append(first - second)
+        answers.append({"tokens": ids[len(prompt) :], "logprobs": chosen, "leads": leads})
     return answers
 
 
