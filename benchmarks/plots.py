@@ -19,11 +19,12 @@ GRAFTQ, PEER, PLAIN = "#1b6ca8", "#b9b9b9", "#d9a441"
 SERVERS = (
     ("vLLM with graftq,\nact-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "yes", "1")),
     ("vLLM alone (Marlin),\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "1")),
-    ("transformers with graftq,\nact-order", PLAIN, ("transformers 5.17.0", "static cache", "graftq", "yes", "1")),
+    ("transformers with graftq,\nact-order", PLAIN, ("transformers", "static cache", "graftq", "yes", "1")),
     ("2 GPUs: vLLM with graftq,\nno act-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "no", "2")),
     ("2 GPUs: vLLM alone,\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "2")),
 )
-"""What a bar is called, its color, and the first columns of its rows, the first of which is the newest."""
+"""What a bar is called, its color, and the first columns of its rows, of any version unless one is given; the first
+row is the newest."""
 
 
 def ours(name: str, layer: str, weights: str, kind: str) -> dict[int, float]:
@@ -59,7 +60,8 @@ def decode_panel(axis: Any, sequences: int) -> None:
     rows = [tuple(row.values()) for row in results("engine_h100.csv")]
     bars = []
     for name, color, wanted in SERVERS:
-        found = [float(row[6]) for row in rows if row[:6] == (*wanted, str(sequences))]
+        same = [row for row in rows if row[0].startswith(wanted[0]) and row[1:6] == (*wanted[1:], str(sequences))]
+        found = [float(row[6]) for row in same]
         bars.append((name, color, found[0] if found else 0.0))
     most = max(value for _, _, value in bars)
     for place, (_, color, value) in enumerate(bars):
