@@ -12,8 +12,9 @@ from torch import nn
 
 from graftq.quant_linear.activations import Activate, Activation, recognize
 from graftq.quant_linear.experts_spec import PROJECTIONS, ExpertsSpec
-from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout, check_own
+from graftq.quant_linear.layouts import ExpertsLayout, GptqTensors, Packed, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.offloaded import check_own
 from graftq.quant_linear.packed_module import PackedModule, is_transformed
 from graftq.quant_linear.selection import ExpertsKernels, Request, Selection
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.spec import QuantSpec
@@ -111,21 +110,3 @@ class SeparateLayout:
     def unpack(self, packed: Packed, name: str, expert: int) -> GptqTensors:
         """Not to be asked: the layers have the tensors."""
         raise LookupError(f"{expert}.{name} is a layer of its own")
-
-
-def check_own(module: nn.Module, kernel: str) -> None:
-    """Raise before the tensors of ``module`` are rearranged, if they are only lent to it for a call.
-
-    accelerate puts them back under the names that they had when the module was dispatched, in the layout of that time.
-
-    Raises:
-        RuntimeError: naming the kernel that would have to rearrange them.
-    """
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    if any(getattr(each, "offload", False) and each.offload_buffers for each in hooks):
-        raise RuntimeError(
-            f"{type(module).__name__}({module.extra_repr()}) was offloaded in the layout of another kernel, and "
-            f"{kernel!r} cannot rearrange what is only lent for a call; let from_pretrained(device_map=...) offload "
-            "the model, or call it where and in the dtype in which it was loaded"
-        )

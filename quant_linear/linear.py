@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed, check_own
+from graftq.quant_linear.layouts import CheckpointLayout, GptqTensors, Layout, Packed
+from graftq.quant_linear.offloaded import brought_in, check_own
 from graftq.quant_linear.packed_module import PackedModule, is_transformed
 from graftq.quant_linear.packing import dequantize
 from graftq.quant_linear.reference import TorchProvider
@@ -169,9 +170,16 @@ class QuantLinear(PackedModule):
     def weight(self) -> torch.Tensor:
         """The dequantized weight [out_features, in_features], made anew at each access.
 
-        For models that reach for a linear layer's weight, or its dtype, instead of calling the layer.
+        For models that reach for a linear layer's weight, or its dtype, instead of calling the layer. Of an offloaded
+        layer it is on the device that the layer computes on; before a layer is loaded, on the meta device.
+
+        Raises:
+            RuntimeError: if the layer is offloaded by the hook of a module around it, and this is outside of its call.
         """
-        return dequantize(self.checkpoint_tensors(), self.spec).to(self.dtype)
+        packed = self.packed()
+        if self.pinned or self.provider is not None:
+            packed = brought_in(self, packed)
+        return dequantize(self.layout.unpack(packed), self.spec).to(self.dtype)
 
     @property
     def kernel(self) -> str | None:

@@ -58,8 +58,14 @@ class TorchProvider:
         return CheckpointLayout(spec)
 
     def linear(self, x: torch.Tensor, packed: Mapping[str, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
-        """``x @ W.T + bias``; ``x`` [..., in_features] in any float dtype, returns [..., out_features] in the same."""
+        """``x @ W.T + bias``; ``x`` [..., in_features] in any float dtype, returns [..., out_features] in the same.
+
+        Raises:
+            RuntimeError: if the weights are on the meta device and ``x`` is not: torch would multiply by anything.
+        """
         tensors = self.layout(spec).unpack(Packed(packed))
+        if tensors.qweight.is_meta and not x.is_meta:
+            raise RuntimeError(f"the packed weights of {spec} are on the meta device, and no hook has brought them in")
         bias = None if tensors.bias is None else tensors.bias[: spec.out_features].to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(tensors, spec).to(x.dtype), bias)
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from graftq.adapters.peft.methods import check_merge
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.offloaded import home
 
 INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that do not change the base layer's weight."""
@@ -69,7 +70,7 @@ class PackedLinear(lora.Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         if isinstance(base_layer, QuantLinear):
-            return _device(base_layer), base_layer.dtype
+            return home(base_layer), base_layer.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
@@ -122,7 +123,7 @@ class PackedExperts(lora.ParamWrapper):
         down = self.parameter_name == "down_proj"
         specs = [experts.spec.of(name)[0] for name in experts.spec.names if (name == "down_proj") == down]
         shape = (experts.num_experts, sum(spec.out_features for spec in specs), specs[0].in_features)
-        return torch.empty((), dtype=experts.dtype, device=_device(experts)).expand(shape)
+        return torch.empty((), dtype=experts.dtype, device=home(experts)).expand(shape)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter; one whose initialization changes the base layer's weight is refused."""
@@ -182,10 +183,6 @@ def wrapper_of(module: nn.Module, parameter: str) -> PackedExperts | None:
 
 def _experts(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, PackedExperts) else module
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _check_initialization(config: Any) -> None:

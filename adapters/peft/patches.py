@@ -19,6 +19,7 @@ from torch import nn
 from graftq.plugin.patching import replace_attribute
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.offloaded import home
 
 
 def patch_config(module: ModuleType) -> None:
@@ -39,17 +40,23 @@ def patch_wrappers(module: ModuleType) -> None:
 
 
 def patch_peft_model(module: ModuleType) -> None:
-    """Let no adapter of the model inside AutoGPTQ's object be loaded on that object, where its names are not found."""
-    replace_attribute(module.PeftModel, "load_adapter", _refuse_unfound)
+    """Let adapters be loaded on offloaded layers, and none on AutoGPTQ's object that is for the model inside."""
+    from graftq.adapters.peft.offloaded import keep_places, keep_places_of_loaded
+
+    replace_attribute(module.PeftModel, "from_pretrained", keep_places)
+    replace_attribute(
+        module.PeftModel, "load_adapter", lambda original: _refuse_unfound(keep_places_of_loaded(original))
+    )
 
 
 def patch_tuners(module: ModuleType) -> None:
     """Let ``target_modules="all-linear"``, ``target_parameters`` and methods other than LoRA find packed layers."""
     from graftq.adapters.peft.methods import look_at_linear, put_around
+    from graftq.adapters.peft.offloaded import refuse_lost
 
     replace_attribute(module, "_maybe_include_all_linear_layers", _include_packed_layers)
     replace_attribute(module.BaseTuner, "__init__", look_at_linear)
-    replace_attribute(module.BaseTuner, "inject_adapter", put_around)
+    replace_attribute(module.BaseTuner, "inject_adapter", lambda original: refuse_lost(put_around(original)))
     replace_attribute(module.BaseTuner, "_replace_module", _replace_quietly)
     replace_attribute(module.BaseTuner, "_inject_parameters", _inject_into_experts)
 
@@ -91,7 +98,7 @@ def _replace_quietly(original: Callable[..., None]) -> Callable[..., None]:
     def _replace_module(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
         base = child.get_base_layer() if hasattr(child, "get_base_layer") else child
         if isinstance(base, (QuantLinear, QuantExperts)):
-            device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+            device = home(base)
             setattr(parent, child_name, new_module)
             for name, module in new_module.named_modules():
                 is_adapters = self.prefix in name or "ranknum" in name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,27 @@ from torch import nn
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import CheckpointLayout, Packed, SeparateLayout
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.offloaded import home, keeping_places, lends, weights_maps
+from graftq.quant_linear.packed_module import PackedModule
+
+
+def load_adapter_in_place(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For ``load_adapter`` of transformers' models: the adapters of an offloaded packed layer stay in memory."""
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_stated = hasattr(self, "hf_device_map")
+        lent = next((module for module in self.modules() if isinstance(module, PackedModule) and lends(module)), None)
+        if lent is not None and not is_stated:
+            self.hf_device_map = {"": home(lent)}  # else transformers takes the model's device, which may be meta
+        try:
+            with keeping_places(self):
+                return original(self, *args, **kwargs)
+        finally:
+            if lent is not None and not is_stated:
+                del self.hf_device_map
+
+    return load_adapter
 
 
 def present(model: nn.Module, name: str, module: QuantLinear | QuantExperts) -> Packed:
@@ -31,24 +53,20 @@ def present(model: nn.Module, name: str, module: QuantLinear | QuantExperts) -> 
     packed = module.packed()
     if isinstance(module.layout, (CheckpointLayout, SeparateLayout)):
         return packed
-    found = {own: _bring_in(model, f"{name}.{own}") if each.is_meta else each for own, each in packed.items()}
+    found = {own: bring_in(model, f"{name}.{own}", each) if each.is_meta else each for own, each in packed.items()}
     return Packed(found, packed.form)
 
 
-def _bring_in(model: nn.Module, name: str) -> torch.Tensor:
-    """The values of a tensor, from the hook of the innermost module that has them."""
+def bring_in(model: nn.Module, name: str, stand_in: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor, from the hook of the innermost module that has them, in the dtype of its stand-in.
+
+    Raises:
+        ValueError: if no hook has them.
+    """
     parts = name.split(".")
     for length in range(len(parts) - 1, -1, -1):
         holder, own = model.get_submodule(".".join(parts[:length])), ".".join(parts[length:])
-        for weights in _weights_maps(holder):
+        for weights in weights_maps(holder):
             with suppress(KeyError):
-                return weights[own]
+                return weights[own].to(stand_in.dtype)
     raise ValueError(f"{name} is on the meta device, and no hook of accelerate's has its values")
-
-
-def _weights_maps(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):  # several hooks are one that has them
-        weights = getattr(each, "weights_map", None)
-        if weights is not None:
-            yield weights

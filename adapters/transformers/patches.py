@@ -12,6 +12,7 @@ from typing import Any
 
 from graftq.adapters.transformers.attention import patch_attention
 from graftq.adapters.transformers.loading import Files, Loading, current, remember_source, resolve_by
+from graftq.adapters.transformers.offloaded import load_adapter_in_place
 from graftq.adapters.transformers.overwriting import replacing
 from graftq.adapters.transformers.parameters import as_parameters
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
@@ -35,6 +36,7 @@ def patch_modeling(module: ModuleType) -> None:
     replace_attribute(module.PreTrainedConfig, "save_pretrained", _write_parameters)
     replace_attribute(module.PreTrainedModel, "save_pretrained", _replace_older)
     replace_attribute(module.PreTrainedModel, "from_pretrained", remember_source)
+    replace_attribute(module.PeftAdapterMixin, "load_adapter", load_adapter_in_place)
     replace_attribute(module, "get_hf_quantizer", _read_configuration)
     replace_attribute(module, "_get_resolved_checkpoint_files", resolve_by(_find_files))
     patch_attention(module.AttentionInterface._global_mapping)
