@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.modeling_utils  # noqa: F401 - graftq takes over first
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""optimum: its GPTQ functions load with graftq's layers where GPTQModel, which they need, is not installed.
+"""optimum: its GPTQ functions quantize with graftq, and load with its layers where GPTQModel is not installed.
 
 Covered: optimum 2. This module is imported when optimum is, and imports nothing of it.
 """
@@ -18,8 +18,8 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
         return None
     from importlib.util import find_spec
 
-    if find_spec("gptqmodel") is not None:
-        return None
+    if find_spec("gptqmodel") is not None:  # which loads what it supports
+        return {"optimum.gptq.quantizer": _patch_making}
     return {"optimum.gptq.quantizer": _patch_quantizer, "optimum.gptq": _patch_package}
 
 
@@ -27,6 +27,12 @@ def _patch_quantizer(module: ModuleType) -> None:
     from graftq.adapters.optimum import patches
 
     patches.patch_quantizer(module)
+
+
+def _patch_making(module: ModuleType) -> None:
+    from graftq.adapters.optimum import patches
+
+    patches.patch_making(module)
 
 
 def _patch_package(module: ModuleType) -> None:

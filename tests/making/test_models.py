@@ -276,3 +276,10 @@ def test_report():
     assert as_csv(rows).splitlines() == ["layer,tokens,error,damp,clipped", "a.b,100,0.5,0.1,0", "a.c,3,0.75,0.1,0.01"]
     assert "fewer than 32 tokens" in worst(rows)
     assert worst(rows).splitlines()[1].endswith("a.c")
+
+
+def test_the_configuration_keeps_what_only_graftq_knows():
+    options = options_of(GPTQConfig(bits=4, dataset=ids(), lm_head=True, effort="high", static_groups=True))
+    assert (options.lm_head, options.effort, options.static_groups) == (True, "high", True)
+    with pytest.raises(ValueError, match="effort='most'"):
+        options_of(GPTQConfig(bits=4, dataset=ids(), effort="most"))

@@ -158,14 +158,16 @@ def test_experts_are_refused_by_name(checkpoint: Path) -> None:
         quantizer(checkpoint).convert_model(empty(checkpoint))
 
 
-def test_quantising_says_what_it_needs(llama: Path) -> None:
+def test_the_stock_way_of_quantizing_says_what_it_needs(llama: Path) -> None:
+    chosen = optimum.GPTQQuantizer(bits=4, dataset=[[1, 2]], backend="marlin")
     with pytest.raises(RuntimeError, match="GPT-QModel is required"):
-        quantizer(llama).quantize_model(load(llama.parent / "float"))
+        chosen.quantize_model(load(llama.parent / "float"))
 
 
-def test_left_alone_beside_gptqmodel(tmp_path: Path) -> None:
+def test_loading_is_left_alone_beside_gptqmodel(tmp_path: Path) -> None:
     (tmp_path / "gptqmodel").mkdir()
     (tmp_path / "gptqmodel" / "__init__.py").write_text("")
-    code = "from graftq.plugin import manager; print(sorted(manager.seams('optimum')))"
-    assert run("-c", code, path=[tmp_path]).stdout == "[]\n"
-    assert run("-c", code).stdout == "['optimum.gptq', 'optimum.gptq.quantizer']\n"
+    code = "from graftq.plugin import manager; print({k: v[0].__name__ for k, v in manager.seams('optimum').items()})"
+    assert run("-c", code, path=[tmp_path]).stdout == "{'optimum.gptq.quantizer': '_patch_making'}\n"
+    loading = "{'optimum.gptq.quantizer': '_patch_quantizer', 'optimum.gptq': '_patch_package'}\n"
+    assert run("-c", code).stdout == loading

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 
+from graftq.adapters.transformers.extra_parameters import EXTRA
 from graftq.adapters.transformers.making.calibration import token_rows
 from graftq.adapters.transformers.making.datasets import named_texts
 from graftq.adapters.transformers.making.model import quantize_model
@@ -96,11 +97,12 @@ def options_of(config: Any) -> Options:
         group_size=config.group_size,
         sym=config.sym,
         desc_act=config.desc_act,
-        static_groups=getattr(config, "static_groups", False),
+        **{name: getattr(config, name) for name in EXTRA if hasattr(config, name)},
         act_group_aware=config.act_group_aware or config.desc_act,
         damp_percent=config.damp_percent,
         true_sequential=config.true_sequential,
         blocks=config.block_name_to_quantize,
+        meta=config.meta,
         modules=modules,
         batch_size=config.batch_size,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Options:
         blocks: The name of the list of blocks, if it is not to be found.
         modules: What to quantize in a block, as ``modules_in_block_to_quantize``; everything if None.
         batch_size: Rows that run at once, at least.
+        meta: What the caller wants to be written beside graftq's own notes.
     """
 
     bits: int = 4
@@ -41,6 +43,7 @@ class Options:
     blocks: str | None = None
     modules: tuple[str, ...] | None = None
     batch_size: int = 1
+    meta: Mapping[str, Any] | None = None
     method: Method = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class Options:
             "checkpoint_format": "gptq",
             "lm_head": self.lm_head,
             "meta": {
+                **(self.meta or {}),
                 "quantizer": [f"graftq:{version('graftq')}"],
                 "effort": self.effort,
                 "drift": self.method.drift,
