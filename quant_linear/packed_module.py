@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 
-from graftq.quant_linear.layouts import Packed
+from graftq.quant_linear.layouts import CheckpointLayout, Packed, SeparateLayout
+
+logger = logging.getLogger(__name__)
+
+_quiet: ContextVar[bool] = ContextVar("graftq_asking_for_state", default=False)
 
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (jvp, vmap, grad, ...) is under way, of which our operators know none."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
+
+
+@contextmanager
+def asking_for_state() -> Iterator[None]:
+    """Say nothing about layouts in state dicts: who asks for one knows."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+@cache
+def _say_once() -> None:
+    logger.info(
+        "graftq: state_dict() of a packed model has tensors in the layout of this machine's kernels, which "
+        "from_pretrained() cannot load; save_pretrained() writes the checkpoint"
+    )
 
 
 Own = TypeVar("Own", bound="PackedModule")
@@ -26,12 +52,14 @@ class PackedModule(nn.Module):
     They are buffers: programs loop over parameters to cast them, some of them by their number of dimensions.
 
     Attributes:
+        layout: The arrangement of the packed tensors now.
         dtype: The model's, which a plain weight in the module's place would have; it follows casts.
         keeps_dtype: Whether the model wants this module in :attr:`dtype` even if it is in a narrower one itself: then
             activations are widened to it, and no cast narrows it.
     """
 
     dtype: torch.dtype
+    layout: Any
     keeps_dtype: bool = False
 
     def widened(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +77,11 @@ class PackedModule(nn.Module):
         for name, tensor in packed.items():
             self._parameters.pop(name, None)
             self.register_buffer(name, tensor.detach())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not isinstance(self.layout, (CheckpointLayout, SeparateLayout)) and not _quiet.get():
+            _say_once()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def requires_grad_(self: Own, requires_grad: bool = True) -> Own:
         """As of any module, but for the packed tensors, of which most are integers.

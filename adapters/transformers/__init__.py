@@ -15,7 +15,7 @@ from graftq.plugin.hookspecs import hookimpl
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """Quantizers' configurations and registry, what resolves files and calls the quantizer, and ``generate``'s two."""
+    """Quantizers' configurations and registry, what resolves files and calls them, ``generate``'s; accelerate's writer."""
     from importlib.util import find_spec
 
     if root != "transformers" or find_spec(root) is None:
@@ -26,6 +26,7 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
     seams = {"transformers.quantizers.auto": _patch_quantizers, "transformers.modeling_utils": _patch_modeling}
     if found >= (5, 16):
         seams["transformers.utils.quantization_config"] = _patch_configuration
+        seams["accelerate.accelerator"] = _patch_accelerate
         seams["transformers.generation.utils"] = _patch_generation
         seams["transformers.generation.continuous_batching.continuous_api"] = _patch_continuous_batching
     return seams
@@ -59,6 +60,12 @@ def _patch_quantizers(module: ModuleType) -> None:
 
 def _patch_modeling(module: ModuleType) -> None:
     _patches().patch_modeling(module)
+
+
+def _patch_accelerate(module: ModuleType) -> None:
+    from graftq.adapters.transformers.accelerate_saving import patch_accelerate
+
+    patch_accelerate(module)
 
 
 def _patch_generation(module: ModuleType) -> None:

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from graftq.adapters.transformers import loading, tensor_parallel
 from graftq.adapters.transformers.attention import mark_attention
 from graftq.adapters.transformers.dequantizing import dequantize_model
+from graftq.adapters.transformers.offloaded import bring_in
 from graftq.adapters.transformers.packed_layers import (
     PlacedProjection,
     bind,
@@ -256,6 +257,12 @@ class GptqHfQuantizer(DeferringQuantizer):
             return None, {}
         self._check_whole("saved")
         return checkpoint_state(model, self._origin), {}
+
+    def whole_state(self, model: Any) -> dict[str, torch.Tensor]:
+        """What :meth:`get_state_dict_and_metadata` gives, and all of it in memory, offloaded tensors too."""
+        self._check_whole("saved")
+        state = checkpoint_state(model, self._origin)
+        return {name: bring_in(model, name, tensor) if tensor.is_meta else tensor for name, tensor in state.items()}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         self._check_whole("dequantized")

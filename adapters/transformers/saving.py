@@ -22,6 +22,7 @@ from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, autogptq_ste
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.packed_module import asking_for_state
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -120,7 +121,8 @@ def checkpoint_state(model: Any, origin: Origin) -> dict[str, torch.Tensor]:
     """
     if getattr(model.config, "quantization_config", None) is None and is_packed(model, origin):
         raise ValueError("config.quantization_config is gone, and without it the packed weights cannot be loaded again")
-    state = dict(model.state_dict())
+    with asking_for_state():
+        state = dict(model.state_dict())
     stored: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, (QuantLinear, QuantExperts)):

@@ -25,7 +25,7 @@ def judge_cpu(request: Request[Any]) -> Verdict:
     if request.dtype == torch.float16:
         return Accepted(
             note="float16 has bfloat16's accuracy on CPUs, as torch's kernels compute; dtype=torch.float32 "
-            "computes exactly, and takes longer"
+            "computes exactly, and a token takes many times as long"
         )
     return Accepted()
 
