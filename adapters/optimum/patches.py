@@ -45,7 +45,7 @@ def _keep_arguments(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        """The stock one drops what it does not know, and ``checkpoint_format``: ``quantize_config.json``'s ``format``."""
+        """The stock one drops what it does not know; ``checkpoint_format`` is ``quantize_config.json``'s ``format``."""
         named = kwargs.pop("checkpoint_format", None)
         original(self, *args, **({"format": named, **kwargs} if named else kwargs))
         self.graftq_extra = {key: value for key, value in kwargs.items() if key not in positional}

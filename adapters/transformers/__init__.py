@@ -15,7 +15,7 @@ from graftq.plugin.hookspecs import hookimpl
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """Quantizers' configurations and registry, what resolves files and calls them, ``generate``'s; accelerate's writer."""
+    """Quantizers' configurations and registry, what resolves files, and ``generate``'s two; accelerate's writer."""
     from importlib.util import find_spec
 
     if root != "transformers" or find_spec(root) is None:
