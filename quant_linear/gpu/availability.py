@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graftq.quant_linear.gpu.devices import present
+from graftq.quant_linear.gpu.devices import device_of, present
 from graftq.quant_linear.gpu.targets import refusal
 from graftq.quant_linear.selection import Accepted, Rejected, Request, Verdict
 
@@ -37,6 +37,13 @@ def judge_triton(request: Request[Any]) -> Verdict:
             hide = f"hide {request.device}:{index} with CUDA_VISIBLE_DEVICES" if len(devices) > 1 else ""
             return Rejected(f"{request.device}:{index}: {reason}", " or ".join(filter(None, (remedy, hide))))
     return Accepted()
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether Triton is installed, and compiles float32 kernels for ``device``."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return refusal(device_of(device), False) is None
 
 
 def _package(device: str) -> str:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
+from graftq.quant_linear.gpu.availability import can_compile
+from graftq.quant_linear.gpu.devices import current
 from graftq.quant_linear.making.grid import Grid
 
 BLOCK = 128
 """Columns between two matrix products."""
+
+OUTPUTS = 32
+"""Outputs of one program of the kernel."""
 
 Find = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """From a group's columns as they stand, [batch, columns, N], and the group's number to its scales and zeros."""
@@ -41,33 +47,79 @@ def round_columns(
     Returns:
         Centered codes, ``code - zero``, float32 [batch, K, N] in rounding order.
     """
-    batch, width, _ = target.shape
-    centered = torch.empty_like(target)
-    errors = torch.empty_like(target)
-    each = torch.arange(batch, device=target.device)
+    width = target.shape[1]
+    centered, errors = torch.empty_like(target), torch.empty_like(target)
     starts = _group_starts(groups[0]) if find is not None else {}
     for first, last in _blocks(width, sorted(starts)):
-        ahead = last
-        if find is not None and first in starts:
-            ahead = max(last, starts[first])
-        whole = target[:, first:ahead].clone()
+        values = target[:, first : starts.get(first, last)].clone()
         if first:
-            whole.baddbmm_(unit[:, :first, first:ahead].transpose(1, 2), errors[:, :first])
-        block = whole[:, : last - first]
-        for column in range(first, last):
-            place = column - first
-            if find is not None and column in starts:
-                group = int(groups[0, column])
-                scales[:, group], zeros[:, group] = find(whole[:, place : starts[column] - first], group)
-            scale, zero = scales[each, groups[:, column]], zeros[each, groups[:, column]]
-            code = grid.centered(block[:, place], scale, zero)
-            centered[:, column] = code
-            error = torch.addcmul(target[:, column], code, scale, value=-1)
-            errors[:, column] = error
-            if column + 1 < last:
-                row = unit[:, column, column + 1 : last]
-                block[:, place + 1 :].baddbmm_(row[:, :, None], error[:, None])
+            values.baddbmm_(unit[:, :first, first : first + values.shape[1]].transpose(1, 2), errors[:, :first])
+        if find is not None and first in starts:
+            group = int(groups[0, first])
+            scales[:, group], zeros[:, group] = find(values, group)
+        columns = slice(first, last)
+        block = Block(
+            values[:, : last - first],
+            target[:, columns],
+            unit[:, columns, columns],
+            groups[:, columns],
+            scales,
+            zeros,
+            centered[:, columns],
+            errors[:, columns],
+        )
+        if can_compile(target.device):
+            round_by_kernel(block, grid)
+        else:
+            round_block(block, grid)
     return centered
+
+
+class Block(NamedTuple):
+    """Up to :data:`BLOCK` columns, which have made up for the errors before them; views of whole tensors.
+
+    Attributes:
+        values: [batch, columns, N], as they stand; changed.
+        target, unit, groups, scales, zeros: As for :func:`round_columns`; ``unit`` [batch, columns, columns].
+        centered, errors: [batch, columns, N], written.
+    """
+
+    values: torch.Tensor
+    target: torch.Tensor
+    unit: torch.Tensor
+    groups: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    centered: torch.Tensor
+    errors: torch.Tensor
+
+
+def round_block(block: Block, grid: Grid) -> None:
+    """Round a block's columns one by one."""
+    values, target, unit, groups, scales, zeros, centered, errors = block
+    each = torch.arange(len(values), device=values.device)
+    for column in range(values.shape[1]):
+        scale, zero = scales[each, groups[:, column]], zeros[each, groups[:, column]]
+        code = grid.centered(values[:, column], scale, zero)
+        centered[:, column] = code
+        error = target[:, column] - code * scale  # and not `addcmul`, nor a matrix product: these fuse, or not
+        errors[:, column] = error
+        values[:, column + 1 :] += unit[:, column, column + 1 :, None] * error[:, None]
+
+
+def round_by_kernel(block: Block, grid: Grid) -> None:
+    """What :func:`round_block` does, to the same bits, in one launch of Triton's instead of eight for each column."""
+    from graftq.quant_linear.kernels.columns import round_kernel  # not at the top, where triton may be absent
+
+    values, target, unit, groups, scales, errors = (*block[:5], block.errors)
+    batch, columns, outputs = values.shape
+    with current(values.device):
+        round_kernel[(-(-outputs // OUTPUTS), batch)](
+            *block,
+            *(columns, outputs, values.stride(0), target.stride(0), errors.stride(0), *unit.stride()),
+            *(groups.stride(0), scales.stride(0), grid.top, OUTPUTS, BLOCK),
+            enable_fp_fusion=False,  # torch's products are rounded before they are added
+        )
 
 
 def _group_starts(groups: torch.Tensor) -> dict[int, int]:
@@ -77,13 +129,10 @@ def _group_starts(groups: torch.Tensor) -> dict[int, int]:
 
 
 def _blocks(width: int, starts: list[int]) -> list[tuple[int, int]]:
-    """Ranges of at most ``BLOCK`` columns; a group either lies in one, or starts one."""
-    if not starts:
-        return [(first, min(first + BLOCK, width)) for first in range(0, width, BLOCK)]
-    ranges: list[tuple[int, int]] = []
-    for start, end in zip(starts, [*starts[1:], width], strict=True):
-        if ranges and ranges[-1][1] == start and end - ranges[-1][0] <= BLOCK:
-            ranges[-1] = (ranges[-1][0], end)
-        else:
-            ranges += [(first, min(first + BLOCK, end)) for first in range(start, end, BLOCK)]
-    return ranges
+    """Ranges of at most ``BLOCK`` columns, none of which goes beyond a start."""
+    ends = [*starts[1:], width]
+    return [
+        (first, min(first + BLOCK, end))
+        for start, end in zip(starts or [0], ends, strict=True)
+        for first in range(start, end, BLOCK)
+    ]

@@ -6,6 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from graftq.quant_linear.kernels.columns import round_kernel
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.experts_gemm import experts_matrix_kernel
 from graftq.quant_linear.kernels.experts_gemv import down_vector_kernel, up_vector_kernel
@@ -34,7 +35,7 @@ TILES |= {
     "down_vector_kernel": (64, 2, 3, 8),
     "experts_matrix_kernel": (64, 16, 1, 2, 1),
 }
-TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": ()}
+TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": (), "round_kernel": ()}
 GATED = {"ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True}
 
 
@@ -56,6 +57,9 @@ def build(
     signature = {name: POINTERS.get(name, "i32").format(dtype) for name in names}
     if "experts" in names or "tile_expert" in names:
         signature["zeros"] = "*i16"
+    if kernel is round_kernel:
+        floats = ("values", "target", "unit", "scales", "zeros", "centered", "errors")
+        signature |= {**dict.fromkeys(floats, "*fp32"), "groups": "*i64", "columns": "i32"}
     signature = {name: kind for name, kind in signature.items() if name in names} | dict.fromkeys(
         constants, "constexpr"
     )
@@ -83,6 +87,7 @@ def main() -> None:
         build(experts_matrix_kernel, 90, "bf16", 4, 0, True, ACTIVATION=activation, GATED=True)
     for activation in ("silu", ""):
         build(experts_matrix_kernel, 80, "fp16", 4, 128, False, ACTIVATION=activation)
+    build(round_kernel, 80, "fp32", 4, 128, True, TOP=15, OUTPUTS=32, BLOCK=128)
     for capability, route in ((90, True), (80, False)):
         build(prepare_kernel, capability, "fp16", 4, 128, True, ROUTE=route, BLOCK_M=64, CHUNK=1024, BLOCK=256)
         build(weighted_sum_kernel, capability, "bf16", 4, 128, True, HAS_BIAS=route, BLOCK=1024, SPLIT_K=2, TOP_K=16)
