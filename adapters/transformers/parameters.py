@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from graftq.plugin.checkpoint.configuration import CONFIG
+from graftq.plugin.checkpoint.configuration import CONFIG, QUANTIZE_CONFIG, read_written, stated_in
+from graftq.plugin.checkpoint.source import HUB_ARGUMENTS, Source
+from graftq.plugin.checkpoint.unlabeled import find_packed
 from graftq.quant_linear.errors import CheckpointError
 
 
@@ -19,6 +23,28 @@ def declared_in(config: Any) -> tuple[Any, Mapping[str, Any] | None]:
                 raise CheckpointError(f"quantization_config is a {type(raw).__name__}, not an object", file=CONFIG)
             return holder, parameters
     return config, None
+
+
+def refuse_no_object(original: Any) -> Any:
+    """For ``get_config_dict``, a class method: of a GPTQ checkpoint, refuse parameters that are no object.
+
+    transformers asks it for its ``to_dict`` while it makes the configuration, which no other seam comes before.
+    """
+    function = original.__func__
+
+    @functools.wraps(function)
+    def get_config_dict(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        found = function(cls, pretrained_model_name_or_path, **kwargs)
+        stated = stated_in(found[0])
+        if stated is not None and not isinstance(stated, Mapping):
+            name = str(pretrained_model_name_or_path)
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+            source = Source(os.path.dirname(name) if os.path.isfile(name) else name, hub)
+            if source.fetch(QUANTIZE_CONFIG) or (source.is_local and find_packed(source, allows_pickles=False)):
+                read_written(source, stated)  # raises
+        return found
+
+    return classmethod(get_config_dict)
 
 
 def as_parameters(given: Any) -> Mapping[str, Any] | None:

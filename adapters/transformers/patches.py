@@ -14,7 +14,7 @@ from graftq.adapters.transformers.attention import patch_attention
 from graftq.adapters.transformers.loading import Files, Loading, current, remember_source, resolve_by
 from graftq.adapters.transformers.offloaded import load_adapter_in_place
 from graftq.adapters.transformers.overwriting import replacing
-from graftq.adapters.transformers.parameters import as_parameters
+from graftq.adapters.transformers.parameters import as_parameters, refuse_no_object
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
 from graftq.adapters.transformers.registry import GPTQConfig, register
 from graftq.adapters.transformers.saving import is_packed, without_label, write_parameters
@@ -33,6 +33,7 @@ def patch_modeling(module: ModuleType) -> None:
     A packed model that is saved over an older checkpoint takes its place as a whole, and a float model that was made by
     a packed one's configuration is saved without its parameters.
     """
+    replace_attribute(module.PreTrainedConfig, "get_config_dict", refuse_no_object)
     replace_attribute(module.PreTrainedConfig, "save_pretrained", _write_parameters)
     replace_attribute(module.PreTrainedModel, "save_pretrained", _replace_older)
     replace_attribute(module.PreTrainedModel, "from_pretrained", remember_source)

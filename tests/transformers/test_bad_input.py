@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.checkpoints import edit, edit_config, write_pair
 from support.gptq import Recipe
 from support.loading import load
 from support.models import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from graftq.quant_linear.errors import CheckpointError
 
@@ -129,6 +131,41 @@ def test_configurations(what: str, alone: bool, copy: Copy) -> None:
         (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
+
+
+def declare(checkpoint: Path, parameters: object, part: str | None = None) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (config.setdefault(part, {}) if part else config)["quantization_config"] = parameters
+    if part:
+        del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LlamaForCausalLM, AutoConfig], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside quantize_config.json"])
+@pytest.mark.parametrize("parameters", ["gptq", "", [{"bits": 4}], 4], ids=["a text", "no text", "a list", "a number"])
+def test_parameters_are_no_object(parameters: object, alone: bool, loader: Any, copy: Copy) -> None:
+    checkpoint = copy("llama")
+    declare(checkpoint, parameters)
+    if alone:
+        (checkpoint / "quantize_config.json").unlink()
+    kind = type(parameters).__name__
+    with pytest.raises(CheckpointError, match=rf"gptq/config\.json: quantization_config is a {kind}, not an object"):
+        loader.from_pretrained(checkpoint)
+
+
+def test_parameters_of_the_language_model_are_no_object(copy: Copy) -> None:
+    checkpoint = copy("llama")
+    declare(checkpoint, "gptq", "text_config")
+    with pytest.raises(CheckpointError, match="quantization_config is a str, not an object"):
+        load(checkpoint)
+
+
+def test_parameters_of_a_float_checkpoint_are_left_to_transformers(copy: Copy) -> None:
+    plain = copy("llama").parent / "float"
+    declare(plain, "gptq")
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'to_dict'"):
+        load(plain)
 
 
 def test_quantize_config_is_not_json(tmp_path: Path) -> None:
