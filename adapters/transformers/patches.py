@@ -18,6 +18,7 @@ from graftq.adapters.transformers.parameters import as_parameters, refuse_no_obj
 from graftq.adapters.transformers.quantizer import GptqHfQuantizer
 from graftq.adapters.transformers.registry import GPTQConfig, register
 from graftq.adapters.transformers.saving import is_packed, without_label, write_parameters
+from graftq.adapters.transformers.tensor_parallel import keep_whole_in_stated
 from graftq.plugin.checkpoint.unlabeled import packed_name
 from graftq.plugin.patching import replace_attribute
 
@@ -41,6 +42,9 @@ def patch_modeling(module: ModuleType) -> None:
     replace_attribute(module, "get_hf_quantizer", _read_configuration)
     replace_attribute(module, "_get_resolved_checkpoint_files", resolve_by(_find_files))
     patch_attention(module.AttentionInterface._global_mapping)
+    if not hasattr(module.PreTrainedModel, "ep_plan"):  # before 5.19, a caller's plan replaces the model's
+        mixin = next(base for base in module.PreTrainedModel.__mro__ if "maybe_distribute_model" in vars(base))
+        replace_attribute(mixin, "maybe_distribute_model", keep_whole_in_stated)
 
 
 def _read_configuration(original: Callable[..., Any]) -> Callable[..., Any]:

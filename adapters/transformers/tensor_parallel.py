@@ -7,7 +7,9 @@ which temporarily takes the memory of the whole packed model. transformers shard
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +51,33 @@ class TensorSlice:
 def keep_whole(model: Any) -> None:
     """Tell transformers, by the model's plan, not to shard packed tensors while it loads them."""
     plan = getattr(model, "tp_plan", None)
-    if not plan:
-        return
+    if plan:
+        _keep_whole(model, plan)
+
+
+def keep_whole_in_stated(original: Any) -> Any:
+    """``maybe_distribute_model``, a class method, so that packed tensors are not sharded by a caller's plan either.
+
+    For versions that put that plan in the place of the model's, after :func:`keep_whole` and before they shard.
+    """
+    function: Callable[..., Any] = original.__func__
+
+    @functools.wraps(function)
+    def maybe_distribute_model(cls: type, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        stated = getattr(distributed_config, "tp_plan", None)
+        if not isinstance(stated, dict) or next(_packed(model), None) is None:
+            return function(cls, model, distributed_config, *args, **kwargs)
+        own = copy.copy(distributed_config)  # the caller may distribute other models by his
+        own.tp_plan = dict(stated)
+        _keep_whole(model, own.tp_plan)
+        model = function(cls, model, own, *args, **kwargs)
+        model.config.distributed_config = distributed_config
+        return model
+
+    return classmethod(maybe_distribute_model)
+
+
+def _keep_whole(model: Any, plan: dict[str, str]) -> None:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     whole = next(style for style in WHOLE_PARAMETER if style in ALL_PARALLEL_STYLES)  # 5.17 and later refuse others

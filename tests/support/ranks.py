@@ -81,7 +81,7 @@ EXPERTS_AND_OUTPUT = {
 
 DEEDS: dict[str, Callable[[str], Any]] = {
     "compare": compare,
-    "compare by its own plan": lambda checkpoint: compare(checkpoint, tp_plan=EXPERTS_AND_OUTPUT),
+    "compare by the caller's plan": lambda checkpoint: compare(checkpoint, tp_plan=EXPERTS_AND_OUTPUT),
     "save": lambda checkpoint: refusal(lambda: distributed(checkpoint).save_pretrained(Path(checkpoint, "saved"))),
     "dequantize": lambda checkpoint: refusal(lambda: distributed(checkpoint).dequantize()),
     "load": lambda checkpoint: refusal(lambda: distributed(checkpoint)),

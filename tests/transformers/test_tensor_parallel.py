@@ -19,15 +19,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, biases": ("qwen2", {}),
     "phi3, projections in one": ("phi3", {}),
     "mixtral": ("mixtral", {}),
+    "mixtral, a plan of the caller": ("mixtral", {}),
     "mixtral, one layer in float": ("mixtral", {"overrides": lambda m: Recipe() if "layers.1." in m else None}),
     "deepseek_v3": ("deepseek_v3", {}),
     "gpt_oss, biases of experts": ("gpt_oss", {}),
     "gpt_oss, biases of experts in one": ("gpt_oss", {"fused_bias": True}),
 }
-OWN_PLANS = tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 19)
-if (
-    not OWN_PLANS
-):  # 5.16 takes a plan in DistributedConfig, and leaves it at that; 5.17 and 5.18 put it in graftq's place
+OWN_PLANS = version("transformers") != "5.16.0"  # which leaves a plan of the caller out
+if not OWN_PLANS:
     MODELS = {what: (name, arguments) for what, (name, arguments) in MODELS.items() if name != "gpt_oss"}
 
 REFUSALS = {
@@ -43,7 +42,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tasks = {}
     for name, (model, arguments) in MODELS.items():
         folder = tmp_path_factory.mktemp("ranks")
-        deed = "compare by its own plan" if model == "gpt_oss" else "compare"
+        deed = "compare by the caller's plan" if model == "gpt_oss" or "plan" in name else "compare"
         tasks[name] = (deed, str(write_pair(folder, tiny(model), **{"recipe": Recipe(), **arguments})))
     tasks |= {deed: (deed, tasks["llama, act-order"][1]) for deed in REFUSALS}
     file = tmp_path_factory.mktemp("tasks") / "tasks.json"
@@ -63,7 +62,7 @@ def test_as_one_process(what: str, findings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("what", REFUSALS)
 def test_refused_by_name(what: str, findings: dict[str, Any]) -> None:
     if what == "packed_colwise" and not OWN_PLANS:
-        pytest.skip("before transformers 5.19, packed layers follow no plan but the model's own")
+        pytest.skip("transformers 5.16.0 follows no plan but the model's own")
     assert REFUSALS[what] in findings[what]
 
 
