@@ -197,7 +197,8 @@ class Finder:
 
         They refer to the framework's classes, which are others once it was imported anew: none of the modules that
         were patched is there any more. (The top-level module tells nothing: transformers puts another one in its place
-        when its processors are imported.) And some are half done, if their own import is what came to this module.
+        when its processors are imported.) And of those that patch this module, some are half done, if their own import
+        is what came to it.
         """
         root = _root(name)
         patched = [other for other in self._patched if _root(other) == root]
@@ -205,11 +206,11 @@ class Finder:
         is_new = not any(self._is_patched(other, now[other]) for other in patched if other in now)
         for other in patched if is_new else ():
             del self._patched[other]
-        half_done = being_imported()
+        half_done, own = being_imported(), {_origin(patch) for patch in self.patches.get(name, [])}
         patches = [patch for other, found in self.patches.items() if _root(other) == root for patch in found]
         for adapter in {_origin(patch) for patch in patches if _origin(patch).startswith("graftq.adapters.")}:
             for other in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
-                if (patched and is_new) or other in half_done:
+                if (patched and is_new) or (adapter in own and other in half_done):
                     del sys.modules[other]
                     vars(sys.modules[adapter]).pop(other.removeprefix(f"{adapter}."), None)
 

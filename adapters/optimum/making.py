@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from graftq.adapters.transformers import installed_version
 from graftq.plugin import import_hooks
 
 TAKEN = (
@@ -39,7 +38,10 @@ WITHOUT_MEANING = (
 
 def quantizes(quantizer: Any) -> bool:
     """Whether graftq quantizes for this ``GPTQQuantizer``: not if it names a backend, as only GPTQModel has any."""
-    return installed_version() >= (5, 16) and quantizer.backend in (None, "auto")
+    from importlib.metadata import version
+
+    known = tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 16)
+    return known and quantizer.backend in (None, "auto")
 
 
 def quantize_model(quantizer: Any, model: Any, tokenizer: Any = None) -> Any:
@@ -56,13 +58,9 @@ def quantize_model(quantizer: Any, model: Any, tokenizer: Any = None) -> Any:
             quantized.
         RuntimeError: if graftq is switched off, or has failed to take over transformers.
     """
-    import_hooks.require(
-        "transformers.utils.quantization_config", "transformers.quantizers.auto", "transformers.modeling_utils"
-    )
+    import_hooks.require("transformers.quantizers.auto", "transformers.modeling_utils")
     from transformers import GPTQConfig, PreTrainedModel
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    from graftq.adapters.transformers.extra_parameters import EXTRA
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{type(model).__name__} is no model of transformers")
@@ -70,28 +68,27 @@ def quantize_model(quantizer: Any, model: Any, tokenizer: Any = None) -> Any:
         raise ValueError("this model is quantized already")
     if quantizer.dataset is None:
         raise ValueError("GPTQQuantizer has no `dataset` to quantize with: pass a list of texts")
-    extra = getattr(quantizer, "graftq_extra", {})
-    unknown = sorted(set(extra) - {*EXTRA, *WITHOUT_MEANING})
-    if unknown:
-        raise ValueError(f"GPTQQuantizer: no argument {', '.join(unknown)}")
     modules = dict(model.named_modules())
     for name in quantizer.module_name_preceding_first_block or ():
         if name not in modules:
             raise ValueError(f"module_name_preceding_first_block: {name}: no such module in this model")
-    config: Any = GPTQConfig(
-        tokenizer=tokenizer,
-        **{name: getattr(quantizer, name) for name in TAKEN},
-        **{name: extra[name] for name in EXTRA if name in extra},
-    )
+    extra = {key: value for key, value in quantizer.graftq_extra.items() if key not in WITHOUT_MEANING}
+    config: Any = GPTQConfig(tokenizer=tokenizer, **{name: getattr(quantizer, name) for name in TAKEN}, **extra)
+    unknown = sorted(name for name in extra if not hasattr(config, name))
+    if unknown:
+        raise ValueError(f"GPTQQuantizer: no argument {', '.join(unknown)}")
     AUTO_QUANTIZER_MAPPING["gptq"](config, pre_quantized=False).postprocess_model(model)
     return model
 
 
 def is_packed_by_graftq(model: Any) -> bool:
     """Whether ``save_pretrained`` alone writes a checkpoint of this model, its parameters included."""
-    from graftq.adapters.transformers.quantizer import GptqHfQuantizer
+    from graftq.quant_linear.experts import QuantExperts
+    from graftq.quant_linear.linear import QuantLinear
 
-    return isinstance(getattr(model, "hf_quantizer", None), GptqHfQuantizer)
+    if getattr(model, "hf_quantizer", None) is None:  # made of convert_model's layers
+        return False
+    return any(isinstance(module, (QuantLinear, QuantExperts)) for module in model.modules())
 
 
 def save(model: Any, save_dir: Any, max_shard_size: str = "10GB", safe_serialization: bool = True) -> None:

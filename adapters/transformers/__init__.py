@@ -20,12 +20,15 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
 
     if root != "transformers" or find_spec(root) is None:
         return None
-    found = installed_version()
+    found = _version()
     if not ((4, 51) <= found < (5, 0) or found >= (5, 16)):
         raise RuntimeError(f"transformers {'.'.join(map(str, found))}: graftq knows 4.51 to 4.57, and 5.16 and newer")
     seams = {"transformers.quantizers.auto": _patch_quantizers, "transformers.modeling_utils": _patch_modeling}
     if found >= (5, 16):
-        seams["transformers.utils.quantization_config"] = _patch_configuration
+        from graftq.adapters.transformers.extra_parameters import patch_configuration
+
+        # Comes early, also while modules of this package are half imported; none of them is needed for it.
+        seams["transformers.utils.quantization_config"] = patch_configuration
         seams["accelerate.accelerator"] = _patch_accelerate
         seams["transformers.generation.utils"] = _patch_generation
         seams["transformers.generation.continuous_batching.continuous_api"] = _patch_continuous_batching
@@ -34,24 +37,17 @@ def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None
 
 def quantize(arguments: Any) -> int:
     """``graftq quantize``: run it, and return its exit status."""
-    if installed_version() < (5, 16):
+    if _version() < (5, 16):
         raise RuntimeError("graftq quantize needs transformers 5.16 or newer")
     from graftq.adapters.transformers.making import command
 
     return command.run(arguments)
 
 
-def installed_version() -> tuple[int, ...]:
-    """Of transformers, the first two numbers."""
+def _version() -> tuple[int, ...]:
     from importlib.metadata import version
 
     return tuple(int(part) for part in version("transformers").split(".")[:2])
-
-
-def _patch_configuration(module: ModuleType) -> None:
-    from graftq.adapters.transformers.extra_parameters import patch_configuration
-
-    patch_configuration(module)
 
 
 def _patch_quantizers(module: ModuleType) -> None:
@@ -83,7 +79,7 @@ def _patch_continuous_batching(module: ModuleType) -> None:
 
 def _patches() -> ModuleType:
     """The patches for this version; they import transformers' modules, and so not before there is one to patch."""
-    if installed_version() < (5, 0):
+    if _version() < (5, 0):
         from graftq.adapters.transformers.v4 import patches as patches_v4
 
         return patches_v4

@@ -57,6 +57,6 @@ def test_taken_over() -> None:
 
 def test_transformers_4_generates_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its continuous batching takes other arguments, and our quantizer for 5 cannot be imported there."""
-    monkeypatch.setattr(adapter, "installed_version", lambda: (4, 57))
+    monkeypatch.setattr(adapter, "_version", lambda: (4, 57))
     seams = adapter.graftq_seams("transformers") or {}
     assert sorted(seams) == ["transformers.modeling_utils", "transformers.quantizers.auto"]
