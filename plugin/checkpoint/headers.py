@@ -87,7 +87,8 @@ class CheckpointIndex:
         A projection is quantized if the files say so, that is, if any GPTQ tensor bears its name.
 
         Raises:
-            CheckpointError: if a projection is there twice, packed and as a plain weight, or if it has no name.
+            CheckpointError: if a projection is there twice, packed and as a plain weight, has no name, or is in the
+                layout of a kernel of graftq's, which has ``codes`` for ``qweight``.
         """
         packed = self.packed()
         for module, parts in packed.items():
@@ -96,6 +97,9 @@ class CheckpointIndex:
                 raise CheckpointError("a packed tensor of no module", file=info.file, module=info.name)
             if f"{module}.weight" in self.tensors:
                 reason = "both packed and as a plain weight, and nothing says which one counts"
+                raise CheckpointError(reason, file=next(iter(parts.values())).file, module=module)
+            if "qweight" not in parts and f"{module}.codes" in self.tensors:
+                reason = "in a kernel's layout, as state_dict() has it; save_pretrained() writes the checkpoint"
                 raise CheckpointError(reason, file=next(iter(parts.values())).file, module=module)
         return packed
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from support.checkpoints import write_pair
 from support.gptq import Recipe
 from support.loading import load
@@ -17,6 +17,7 @@ from support.models import logits, tiny
 from support.repacking import repacked  # noqa: F401 - a fixture
 
 from graftq.quant_linear import packed_module
+from graftq.quant_linear.errors import CheckpointError
 from graftq.quant_linear.linear import QuantLinear
 
 ON_DISK = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
@@ -78,3 +79,12 @@ def test_state_dicts_say_what_they_are(
     [record] = caplog.records
     assert "state_dict() of a packed model has tensors in the layout of this machine's kernels" in record.getMessage()
     assert "save_pretrained() writes the checkpoint" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_safetensors_writes_is_refused(name: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    model = load(originals[name])
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"proj: in a kernel's layout, as state_dict\(\)"):
+        load(tmp_path)
