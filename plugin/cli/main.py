@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--damp-percent", type=float, default=0.1, help="0.1 if not given")
     quantize.add_argument("--no-true-sequential", action="store_true", help="faster, and a little worse")
     quantize.add_argument("--effort", default="normal", help="autogptq (the classical method), normal or high")
+    quantize.add_argument("--lm-head", action="store_true", help="quantize the output embedding, too")
     quantize.add_argument("--seq-len", type=int, default=2048, help="tokens of a calibration row")
     quantize.add_argument("--tokens", type=int, default=262144, help="calibration tokens in all, at most")
     quantize.add_argument("--device", help="where to compute; a GPU if there is one")

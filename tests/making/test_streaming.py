@@ -25,6 +25,7 @@ from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.progress import bar
 from graftq.adapters.transformers.making.streaming import quantize_checkpoint
 from graftq.plugin.cli.main import main
+from graftq.quant_linear.linear import QuantLinear
 
 OPTIONS = Options(bits=4, group_size=32)
 ROWS = token_rows(torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(5)))
@@ -64,6 +65,31 @@ def test_the_same_as_in_memory(name: str, tmp_path: Path):
 
 class Killed(BaseException):
     pass
+
+
+def test_a_head_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, options = float_model(tmp_path, "llama"), Options(bits=4, group_size=32, lm_head=True)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_finish", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(source, out, options)
+    quantize(source, out, options, resume=True)
+    made = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    make(model, ROWS, None, options)
+    assert isinstance(made.lm_head, QuantLinear)
+    assert torch.equal(logits(made), logits(model))
+    assert made.generate(torch.tensor([[1, 5]]), max_new_tokens=3).shape[1] > 2
+    assert json.loads((out / "quantize_config.json").read_text())["lm_head"] is True
+    assert (out / "quantize_report.csv").read_text().splitlines()[-1].startswith("lm_head,288,")
+
+
+def test_a_tied_head_is_refused_first(tmp_path: Path):
+    tied = float_model(tmp_path, "gemma")
+    with pytest.raises(ValueError, match="lm_head: the output embedding is tied"):
+        quantize(tied, tmp_path / "out", Options(bits=4, group_size=32, lm_head=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_stopped_before_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -152,11 +178,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     source, out = float_model(tmp_path, "llama"), tmp_path / "out"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in ROWS))
     call = ["quantize", str(source), str(out), "--bits", "3", "--group-size", "32", "--desc-act", "--damp-percent"]
-    call += ["0.05", "--dataset", str(tmp_path / "rows.jsonl"), "--seq-len", "16", "--tokens", "120"]
+    call += ["0.05", "--dataset", str(tmp_path / "rows.jsonl"), "--seq-len", "16", "--tokens", "120", "--lm-head"]
     assert main(call) == 0
     assert "error / nearest" in capsys.readouterr().out
     parameters = json.loads((out / "quantize_config.json").read_text())
-    wanted = {"bits": 3, "group_size": 32, "desc_act": True, "damp_percent": 0.05}
+    wanted = {"bits": 3, "group_size": 32, "desc_act": True, "damp_percent": 0.05, "lm_head": True}
     assert wanted.items() <= parameters.items()
     assert parameters["meta"]["tokens"] == 120
     assert main(call) == 1

@@ -29,6 +29,7 @@ def run(arguments: Any) -> int:
             damp_percent=arguments.damp_percent,
             true_sequential=not arguments.no_true_sequential,
             effort=arguments.effort,
+            lm_head=arguments.lm_head,
         )
         source = _folder(arguments.model, arguments.revision)
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

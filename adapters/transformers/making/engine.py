@@ -14,8 +14,8 @@ from torch import nn
 from graftq.adapters.transformers.making.blocks import Call
 from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.report import Row
-from graftq.adapters.transformers.making.stages import find_units, unfit
-from graftq.adapters.transformers.making.units import Linears, Piece, Unit, matrix
+from graftq.adapters.transformers.making.stages import find_units
+from graftq.adapters.transformers.making.units import Linears, Piece, Unit
 from graftq.quant_linear.layouts import GptqTensors
 from graftq.quant_linear.making.moments import Moments
 from graftq.quant_linear.making.packed import pack
@@ -199,16 +199,9 @@ def _packed(solution: Solution, piece: Piece, index: int, name: str) -> Made:
     return Made(prefix + piece.target, prefix + piece.container if piece.container else "", GptqTensors(**own), spec)
 
 
-def quantize_head(model: nn.Module, name: str, streams: Streams, options: Options) -> BlockResult:
-    """Quantize one linear layer after the blocks, given its inputs.
-
-    Raises:
-        ValueError: if its shape cannot be stored.
-    """
+def quantize_layer(model: nn.Module, name: str, streams: Streams, options: Options) -> BlockResult:
+    """Quantize one linear layer after the blocks, given its inputs."""
     unit = Linears([name])
-    layer = model.get_submodule(name)
-    if reason := unfit(matrix(layer).shape, options.method.group_size):
-        raise ValueError(f"{name}: {reason}")
     for number, x in enumerate(streams.made):
         unit.add(x, None if streams.float is None else streams.float[number])
     result = BlockResult([], [], {})

@@ -19,11 +19,13 @@ from graftq.adapters.transformers.making.engine import (
     Streams,
     ignore,
     quantize_block,
-    quantize_head,
+    quantize_layer,
 )
 from graftq.adapters.transformers.making.names import Naming
 from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.report import Row
+from graftq.adapters.transformers.making.stages import unfit
+from graftq.adapters.transformers.making.units import matrix
 
 
 @dataclass
@@ -58,6 +60,7 @@ def quantize_model(model: Any, rows: list[torch.Tensor], options: Options, step:
         raise ValueError("weights are offloaded; a model is quantized in memory")
     model.eval()
     name, blocks = find_blocks(model, options.blocks)
+    head = output_embedding(model, options.method.group_size) if options.lm_head else ""
     naming = Naming(model)
     if options.modules is not None:
         check_modules(blocks, options.modules)
@@ -75,15 +78,8 @@ def quantize_model(model: Any, rows: list[torch.Tensor], options: Options, step:
         done = quantize_block(block, f"{name}.{number}", streams, options, step, (number, len(blocks)))
         _add(result, done, naming)
         skipped.update(done.skipped)
-    if options.lm_head:
-        head = output_embedding(model)
-        for each in (streams.made, streams.float):
-            if each is not None:
-                each[:] = [
-                    input_after(model, blocks, batch, x, model.get_submodule(head))
-                    for batch, x in zip(data, each, strict=True)
-                ]
-        _add(result, quantize_head(model, head, streams, options), naming)
+    if head:
+        _add(result, quantize_head(model, blocks, data, head, streams, options), naming)
     if not result.made:
         reasons = "; ".join(sorted(set(skipped.values()))[:3])
         raise ValueError(f"{type(model).__name__}: nothing in its blocks can be quantized ({reasons})")
@@ -108,11 +104,11 @@ def check_modules(blocks: Sequence[nn.Module], names: Iterable[str]) -> None:
             raise ValueError(f"{name}: no such module in the blocks of this model")
 
 
-def output_embedding(model: Any) -> str:
+def output_embedding(model: Any, group_size: int) -> str:
     """The name of the output embedding.
 
     Raises:
-        ValueError: if there is none, or it is the input embedding, which must stay as it is.
+        ValueError: if there is none, if its shape cannot be stored, or if it is the input embedding, which stays float.
     """
     head = model.get_output_embeddings()
     inputs = model.get_input_embeddings()
@@ -120,7 +116,37 @@ def output_embedding(model: Any) -> str:
         raise ValueError(f"lm_head: {type(model).__name__} has no output embedding")
     if head.weight is getattr(inputs, "weight", None):
         raise ValueError("lm_head: the output embedding is tied to the input embedding, which stays a float one")
-    return next(name for name, module in model.named_modules() if module is head)
+    name = next(name for name, module in model.named_modules() if module is head)
+    if reason := unfit(matrix(head).shape, group_size):
+        raise ValueError(f"{name}: {reason}")
+    return name
+
+
+def quantize_head(
+    model: Any,
+    blocks: Sequence[nn.Module],
+    data: Sequence[torch.Tensor],
+    name: str,
+    streams: Streams,
+    options: Options,
+) -> BlockResult:
+    """Quantize the output embedding in place.
+
+    Args:
+        model: The model, of which only what comes after the blocks is run.
+        blocks: Its blocks.
+        data: The batches of ids, int64 [rows, tokens] each.
+        name: From :func:`output_embedding`.
+        streams: The hidden states behind the last block; they are used up.
+        options: How.
+    """
+    for each in (streams.made, streams.float):
+        if each is not None:
+            each[:] = [
+                input_after(model, blocks, batch, x, model.get_submodule(name))
+                for batch, x in zip(data, each, strict=True)
+            ]
+    return quantize_layer(model, name, streams, options)
 
 
 def _add(result: ModelResult, done: BlockResult, naming: Naming) -> None:

@@ -12,7 +12,13 @@ import torch
 from graftq.adapters.transformers.making.blocks import record_calls
 from graftq.adapters.transformers.making.calibration import batches, fingerprint
 from graftq.adapters.transformers.making.engine import BlockResult, Step, Streams, ignore, quantize_block
-from graftq.adapters.transformers.making.model import check_modules, warn_of_few, warn_of_skipped
+from graftq.adapters.transformers.making.model import (
+    check_modules,
+    output_embedding,
+    quantize_head,
+    warn_of_few,
+    warn_of_skipped,
+)
 from graftq.adapters.transformers.making.names import Naming
 from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.report import Row, as_csv
@@ -44,7 +50,7 @@ def quantize_checkpoint(
         source: A folder with a float model.
         out: A folder that is empty or not there, or one with an unfinished run.
         rows: Calibration data, from :func:`token_rows`.
-        options: How; the output embedding stays float.
+        options: How.
         dtype: What the model runs in meanwhile.
         device: Where it does.
         resume: Whether to go on with the unfinished run.
@@ -55,9 +61,8 @@ def quantize_checkpoint(
         OSError: if ``out`` is in use, or the disk is too small.
         CheckpointError: if ``source`` cannot be read.
     """
-    if options.lm_head:
-        raise ValueError("lm_head: quantize the model in memory for that")
     given = FloatCheckpoint(source, dtype, device, options.blocks)
+    head = output_embedding(given.model, options.method.group_size) if options.lm_head else ""
     if options.modules is not None:
         check_modules(given.blocks, options.modules)
     settings = {each.name: getattr(options, each.name) for each in dataclasses.fields(options) if each.init}
@@ -83,15 +88,20 @@ def quantize_checkpoint(
         block = given.load_block(number)
         streams.calls = [calls[number] for _, calls in recorded]
         done = quantize_block(block, name, streams, options, step, (number, count))
-        store.save_tensors(out / _shard(number, count), _shard_tensors(given, naming, name, done))
+        store.save_tensors(out / _shard(number, count), _shard_tensors(given, naming, given.names(name), done))
         _remember(store, naming, done)
         store.block_done(_saved(streams))
         given.drop_block(number)
     if not store.extra.get("made"):
         raise ValueError(f"{source}: nothing in its blocks can be quantized")
+    done = BlockResult([], [], {})
+    if head:
+        step(head, (count - 0.01) / count)
+        done = quantize_head(given.model, given.blocks, data, head, streams, options)
+        _remember(store, naming, done)
     warn_of_skipped(store.extra["skipped"])
     warn_of_few(sum(map(len, rows)), store.extra["width"])
-    _finish(given, out, store, options, rows)
+    _finish(given, out, store, options, rows, _shard_tensors(given, naming, given.rest(), done))
     return [Row(*row) for row in store.rows]
 
 
@@ -99,11 +109,13 @@ def _shard(number: int, blocks: int) -> str:
     return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 
-def _shard_tensors(given: FloatCheckpoint, naming: Naming, name: str, done: BlockResult) -> dict[str, torch.Tensor]:
-    """A block as the checkpoint stores it: packed projections, and the rest as it was."""
+def _shard_tensors(
+    given: FloatCheckpoint, naming: Naming, names: list[str], done: BlockResult
+) -> dict[str, torch.Tensor]:
+    """A block, or what belongs to none, as the checkpoint stores it: packed projections, and the rest as it was."""
     gone = replaced_by({one.target: one.container for one in done.made})
     kept = []
-    for each in given.names(name):
+    for each in names:
         parts = {target in gone for target in given.targets[each]}
         if parts == {True, False}:
             raise ValueError(f"{each}: the files hold packed and float layers in one tensor")
@@ -160,10 +172,17 @@ def check_space(out: Path, given: FloatCheckpoint, rows: list[torch.Tensor], opt
         raise OSError(f"{out}: {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
 
 
-def _finish(given: FloatCheckpoint, out: Path, store: Store, options: Options, rows: list[torch.Tensor]) -> None:
+def _finish(
+    given: FloatCheckpoint,
+    out: Path,
+    store: Store,
+    options: Options,
+    rows: list[torch.Tensor],
+    rest: dict[str, torch.Tensor],
+) -> None:
     """Write what is no block, and the index last: before, nothing would load."""
     count = len(given.blocks)
-    store.save_tensors(out / _shard(count, count), given.read(given.rest()))
+    store.save_tensors(out / _shard(count, count), rest)
     for path in sorted(given.folder.iterdir()):
         if path.is_file() and path.suffix in COPIED and path.name not in (CONFIG, INDEX, QUANTIZE_CONFIG):
             shutil.copyfile(path, out / path.name)
