@@ -15,6 +15,7 @@ SEAMS = (
     "models.causal_lm",
     "utils.quantization",
     "layers.gptq",
+    "layers.gptq.quantize",
     "layers.moe",
     "models.custom_modeling.flash_neox_modeling",
 )
@@ -22,7 +23,7 @@ SEAMS = (
 
 @hookimpl
 def graftq_seams(root: str) -> Mapping[str, Callable[[ModuleType], None]] | None:
-    """The modules that choose a loader, load weights, run experts, reorder heads, and fall back to transformers."""
+    """Where the server chooses a loader, loads weights, quantizes, runs experts, reorders heads, and falls back."""
     if root != ROOT:
         return None
     return {f"{ROOT}.{name}": _patch for name in SEAMS}

@@ -50,6 +50,14 @@ def _patch_gptq(module: ModuleType) -> None:
     )
 
 
+def _patch_making(module: ModuleType) -> None:
+    """``text-generation-server quantize`` imports the function when it is called."""
+    from graftq.adapters.tgi.quantizing import make_natively
+
+    server_log.forward()
+    replace_attribute(module, "quantize", make_natively)
+
+
 def _patch_moe(module: ModuleType) -> None:
     """The class itself stays: model code has imported it by name."""
     layer = module.SparseMoELayer
@@ -114,6 +122,7 @@ PATCHES: Mapping[str, Callable[[ModuleType], None]] = {
     "models.causal_lm": _patch_causal_lm,
     "utils.quantization": _patch_quantization,
     "layers.gptq": _patch_gptq,
+    "layers.gptq.quantize": _patch_making,
     "layers.moe": _patch_moe,
     "models.custom_modeling.flash_neox_modeling": _patch_gpt_neox,
 }

@@ -170,6 +170,11 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
             made.quantize, made.seen = quantize, (model_id, revision, quantize, dtype, trust_remote_code)
             return made
 
+    def quantize(
+        model_id, bits, groupsize, output_dir, revision, trust_remote_code, upload_to_model_id, percdamp, act_order
+    ):
+        raise AssertionError("the server's own quantizer")
+
     def load_qkv(config, prefix, weights, num_heads, head_size, hidden_size):
         return weights.get_multi_weights_col([prefix], dim=0).get_linear(None)
 
@@ -196,6 +201,7 @@ def modules(model: Path) -> Mapping[str, ModuleType]:
         make("layers"),
         make("layers.fp8", HybridFP8UnquantLoader=HybridFP8UnquantLoader),
         make("layers.gptq", GPTQWeightsLoader=GPTQWeightsLoader),
+        make("layers.gptq.quantize", quantize=quantize),
         make("layers.moe", SparseMoELayer=SparseMoELayer),
         make("models"),
         make("models.causal_lm", CausalLM=CausalLM),
