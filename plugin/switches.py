@@ -12,6 +12,8 @@ AUTO_GPTQ = "GRAFTQ_AUTO_GPTQ"
 """Stand in for AutoGPTQ where that is not installed."""
 VLLM = "GRAFTQ_VLLM"
 """Which GPTQ checkpoints to take over in vLLM: "all" (the default), or "unsupported", those that vLLM refuses."""
+SGLANG = "GRAFTQ_SGLANG"
+"""Which GPTQ checkpoints to take over in SGLang: none (the default), "all", or "unsupported", those it refuses."""
 
 WARM_UP = "GRAFTQ_WARM_UP"
 """In transformers, compile all kernels that calls of so many tokens need when a packed model is loaded."""

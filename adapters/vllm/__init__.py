@@ -37,8 +37,9 @@ def _register() -> None:
                 switches.DISABLE,
             )
         return
+    from graftq.adapters.serving.served_config import METHOD
     from graftq.adapters.vllm import stock
-    from graftq.adapters.vllm.config import METHOD, GraftqConfig
+    from graftq.adapters.vllm.config import GraftqConfig
 
     if METHOD in stock.QUANTIZATION_METHODS:
         return

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from collections.abc import Iterable
 from typing import Any
 
+from graftq.adapters.serving.served_config import METHOD, ServedConfig
 from graftq.adapters.vllm import stock
-from graftq.adapters.vllm.stored_modules import StoredModules
-from graftq.plugin.checkpoint.configuration import QUANTIZE_CONFIG, QuantConfig
-from graftq.plugin.checkpoint.json_files import read_object
+from graftq.plugin.checkpoint.configuration import QuantConfig
 from graftq.plugin.checkpoint.source import Source
-
-METHOD = "graftq"
-"""The name of our quantization method, as in ``quantization="graftq"``."""
-
 
 _QuantizationConfig: Any = stock.QuantizationConfig
 
 
-class BaseConfig(_QuantizationConfig):
-    """The part of graftq's configuration that knows the checkpoint, and no layer.
+class BaseConfig(ServedConfig, _QuantizationConfig):
+    """The part of graftq's configuration that knows the checkpoint, and no layer."""
 
-    Attributes:
-        gptq: The GPTQ parameters.
-    """
+    engine = "vLLM"
 
     def __init__(self, config: QuantConfig):
-        super().__init__()
-        self.gptq = config
-        self._where: tuple[str, dict[str, Any]] | None = None
+        super().__init__(config)
         self._chosen = hashlib.sha256()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -42,22 +33,17 @@ class BaseConfig(_QuantizationConfig):
         Raises:
             CheckpointError: if that is damaged, or contradicts them.
         """
-        self._where = (model_name, {} if revision is None else {"revision": revision})
-        source = Source(*self._where)
-        if path := source.cached(QUANTIZE_CONFIG):
-            where = source.describe(QUANTIZE_CONFIG)
-            self.gptq = self.gptq.with_beside(QuantConfig.from_dict(read_object(path, where), where))
+        self.locate(model_name, {} if revision is None else {"revision": revision})
 
-    @cached_property
-    def stored(self) -> StoredModules:
-        """What the checkpoint's files hold; looked at when the first layer is made."""
-        if self._where is None:
-            raise RuntimeError("vLLM has not said which checkpoint this configuration belongs to")
-        name, hub = self._where
+    def hub_arguments(self) -> dict[str, Any]:
+        """Where vLLM downloads to."""
         current = stock.get_current_vllm_config_or_none()
-        if current is not None and current.load_config.download_dir:
-            hub = {**hub, "cache_dir": current.load_config.download_dir}
-        return StoredModules(Source(name, hub))
+        folder = None if current is None else current.load_config.download_dir
+        return {"cache_dir": folder} if folder else {}
+
+    def remote_names(self, source: Source) -> Iterable[str]:
+        """The names of a repository's tensors, asked as vLLM does it."""
+        return stock.get_safetensors_params_metadata(source.name, revision=source.hub.get("revision"))
 
     @property
     def most_tokens(self) -> int:

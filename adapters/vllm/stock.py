@@ -6,9 +6,9 @@ imported its layers.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
+from graftq.adapters.serving.lookup import look_up
 from graftq.adapters.vllm import versions
 
 _LAYERS = "vllm.model_executor.layers"
@@ -39,12 +39,4 @@ def __getattr__(name: str) -> Any:
     Raises:
         RuntimeError: if this vLLM does not have it there, naming the versions that do.
     """
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(HOMES[name]), name)
-    except (ImportError, AttributeError) as error:
-        found = versions.installed()
-        raise RuntimeError(
-            f"vLLM {found} has no {HOMES[name]}.{name} ({error}); graftq knows vLLM {versions.RANGE}"
-        ) from error
+    return look_up(name, HOMES, f"vLLM {versions.installed()}", versions.RANGE)

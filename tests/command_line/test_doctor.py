@@ -30,6 +30,7 @@ def test_all_is_well() -> None:
         "GRAFTQ_KERNEL not set",
         "GRAFTQ_AUTO_GPTQ not set",
         "GRAFTQ_VLLM not set",
+        "GRAFTQ_SGLANG not set",
         "TORCH_DEVICE_BACKEND_AUTOLOAD not set",
     ]
 

@@ -95,9 +95,17 @@ def test_adapter_imports_its_framework_lazily(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*sources("plugin"), *sources("quant_linear"), *sources("adapters")], ids=name)
 def test_adapters_are_reached_by_entry_point_alone(path: Path) -> None:
+    """From outside. Adapters may share what lies in ``serving``, which is none."""
     own = ".".join(("graftq", *path.relative_to(ROOT).parts[:2])) + "."
+    allowed = (own, "graftq.adapters.serving.") if own.startswith("graftq.adapters.") else (own,)
     wanted = {module for module in imported(of(path)) if module.startswith("graftq.adapters")}
-    assert all(module.startswith(own) for module in wanted), wanted
+    assert all(module.startswith(allowed) for module in wanted), wanted
+
+
+@pytest.mark.parametrize("path", sources("adapters/serving"), ids=name)
+def test_what_adapters_share_knows_no_framework(path: Path) -> None:
+    foreign = {root(module) for module in imported(of(path)) if root(module) not in sys.stdlib_module_names}
+    assert foreign <= {"torch", "graftq"}
 
 
 def test_importing_all_of_plugin_and_every_adapter_is_light() -> None:

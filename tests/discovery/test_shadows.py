@@ -55,9 +55,10 @@ def test_disabled_is_silent(shadow: Callable[[Path], None], installed: Path, tmp
     assert not imports_torch(IMPORT, installed, tmp_path, GRAFTQ_DISABLE="1")
 
 
-def test_vllms_door_is_guarded_and_says_it_once(installed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
+def test_an_engines_door_is_guarded_and_says_it_once(group: str, installed: Path, tmp_path: Path) -> None:
     shadow_file(tmp_path)
-    code = "\nfrom importlib.metadata import entry_points\n(entry,) = entry_points(group='vllm.general_plugins')\n"
+    code = f"\nfrom importlib.metadata import entry_points\n(entry,) = entry_points(group={group!r})\n"
     assert len(imports_torch(f"{IMPORT}{code}entry.load()()", installed, tmp_path)) == 1
 
 

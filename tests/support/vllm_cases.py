@@ -86,9 +86,9 @@ class Case:
             engine["distributed_executor_backend"] = "mp"
         prompts, expected = PROMPTS, None
         if self.truth is not None:
-            prompts, expected = _read_truth(self.truth)
+            prompts, expected = read_truth(self.truth)
         elif not self.error:
-            expected = _ask_twin(checkpoint.parent / "float")
+            expected = ask_twin(checkpoint.parent / "float")
         return {
             "id": self.id,
             "model": str(checkpoint),
@@ -100,14 +100,15 @@ class Case:
         }
 
 
-def _read_truth(file: Path) -> tuple[list[list[int]], list[dict[str, list[Any]]]]:
+def read_truth(file: Path) -> tuple[list[list[int]], list[dict[str, list[Any]]]]:
+    """Prompts, and the greedy tokens after each, from a file like ``tests/data/tiny-mixtral-truth.npz``."""
     with np.load(file) as arrays:
         truth = {name: arrays[name].flatten().tolist() for name in arrays.files}
     prompts = [truth["ids0"], truth["ids1"]]
     return prompts, [{"tokens": truth[name][-32:][:NEW_TOKENS]} for name in ("greedy0", "greedy1")]
 
 
-def _ask_twin(folder: Path) -> list[dict[str, list[Any]]]:
+def ask_twin(folder: Path) -> list[dict[str, list[Any]]]:
     """Greedy tokens, their log-probabilities, and their lead over the second best, of a float checkpoint in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = []

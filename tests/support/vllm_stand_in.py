@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from support.stand_in import stand_in, these
 
 QUANTIZATION = "vllm.model_executor.layers.quantization"
 
@@ -117,39 +118,15 @@ def installed(version: str) -> Iterator[SimpleNamespace]:
         "vllm.model_executor.models": {},
         "vllm.model_executor.models.utils": {"WeightsMapper": WeightsMapper},
         "vllm.model_executor.layers": {},
-        "vllm.model_executor.layers.linear": _these(LinearBase, LinearMethodBase, UnquantizedLinearMethod),
-        "vllm.model_executor.layers.fused_moe": _these(RoutedExperts, FusedMoEMethodBase),
-        "vllm.model_executor.layers.vocab_parallel_embedding": _these(ParallelLMHead),
+        "vllm.model_executor.layers.linear": these(LinearBase, LinearMethodBase, UnquantizedLinearMethod),
+        "vllm.model_executor.layers.fused_moe": these(RoutedExperts, FusedMoEMethodBase),
+        "vllm.model_executor.layers.vocab_parallel_embedding": these(ParallelLMHead),
         QUANTIZATION: {
             "QUANTIZATION_METHODS": methods,
             "register_quantization_config": register_quantization_config,
         },
-        f"{QUANTIZATION}.base_config": _these(QuantizationConfig, QuantizeMethodBase),
-        f"{QUANTIZATION}.auto_gptq": _these(AutoGPTQConfig, AutoGPTQLinearMethod),
+        f"{QUANTIZATION}.base_config": these(QuantizationConfig, QuantizeMethodBase),
+        f"{QUANTIZATION}.auto_gptq": these(AutoGPTQConfig, AutoGPTQLinearMethod),
     }
-    ours = ("vllm", "graftq.adapters.vllm")
-    before = {name: module for name, module in sys.modules.items() if _below(name, ours)}
-    for name in before:
-        del sys.modules[name]
-    for name, content in contents.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        module.__path__ = []
-        sys.modules[name] = module
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
-    try:
+    with stand_in(contents, "vllm"):
         yield SimpleNamespace(methods=methods, registry=registry)
-    finally:
-        for name in [name for name in sys.modules if _below(name, ours)]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-def _these(*classes: type) -> dict[str, Any]:
-    return {one.__name__: one for one in classes}
-
-
-def _below(name: str, roots: tuple[str, ...]) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)

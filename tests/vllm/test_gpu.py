@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.cuda_graphs import Graphs
 from support.gptq import Recipe
 from support.models import relative_error
 from support.vllm_layers import Checkpoint, create, experts_layer, fused_layer
@@ -20,9 +21,6 @@ DEVICE = "cuda"
 DTYPES = [torch.float16, torch.bfloat16]
 LIMIT = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 RECIPES = [Recipe(4), Recipe(3, 128), Recipe(2, sym=False, checkpoint_format="gptq_v2"), Recipe(8, -1)]
-SIZES = (64, 8, 1)
-"""Numbers of tokens to capture a graph for."""
-
 ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
 WIDTH = 256
 
@@ -39,34 +37,6 @@ def stand_in() -> Iterator[None]:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path)
-
-
-class Graphs:
-    """A graph for each number of tokens, the largest first, all in one memory pool.
-
-    Args:
-        call: What is captured.
-        inputs: Makes its arguments for a number of tokens.
-    """
-
-    def __init__(self, call: Callable[..., torch.Tensor], inputs: Callable[[int], tuple[torch.Tensor, ...]]):
-        self.captured = {}
-        pool = torch.cuda.graph_pool_handle()
-        for size in SIZES:
-            static, graph = inputs(size), torch.cuda.CUDAGraph()
-            call(*static)  # vLLM, too, runs a size once before it captures it
-            with torch.cuda.graph(graph, pool=pool):
-                out = call(*static)
-            self.captured[size] = (graph, static, out)
-
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
-        """Replay the graph of this size with other arguments."""
-        graph, static, out = self.captured[len(arguments[0])]
-        for place, argument in zip(static, arguments, strict=True):
-            place.copy_(argument)
-        out.fill_(float("nan"))
-        graph.replay()
-        return out.clone()
 
 
 def _q_k_v(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> Made:

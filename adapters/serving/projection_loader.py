@@ -1,4 +1,4 @@
-"""The tensors of one projection, from the first that vLLM hands over to the part of it that this rank keeps."""
+"""The tensors of one projection, from the first that is handed over to the part of it that this rank keeps."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class ProjectionLoader:
         if suffix not in self._missing:
             raise CheckpointError("two tensors for one place in the layer", module=name)
         self._missing.discard(suffix)
-        # A copy in any case: some of vLLM's readers reuse the memory.
+        # A copy in any case: some readers of vLLM's reuse the memory.
         self._tensors[suffix] = tensor.detach().to(self.device, copy=True)
         if not self._missing:
             self.shards()
 
     def refuse_bias(self, bias: torch.Tensor) -> None:
-        """AutoGPTQ stores a bias of zeros for every layer; any other, vLLM would drop without a word.
+        """AutoGPTQ stores a bias of zeros for every layer; any other, an engine would drop without a word.
 
         Raises:
             CheckpointError: if there is anything but zeros in it.

@@ -1,19 +1,18 @@
-"""What the checkpoint's files say is quantized, by the names that vLLM gives to modules.
+"""What the checkpoint's files say is quantized, by the names that an engine gives to modules.
 
-vLLM streams tensors into layers and says neither which file they come from nor, to a layer that is being made, whether
+Engines stream tensors into layers and say neither which file they come from nor, to a layer that is being made, whether
 any will come. So the headers are looked at beforehand.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from graftq.adapters.vllm import stock
 from graftq.plugin.checkpoint.fields import is_index
 from graftq.plugin.checkpoint.headers import PICKLE_ENDINGS, CheckpointIndex
 from graftq.plugin.checkpoint.json_files import read_object
@@ -24,7 +23,10 @@ from graftq.plugin.checkpoint.weight_files import NOT_WEIGHTS, SAFE_ENDINGS, rea
 from graftq.quant_linear.errors import CheckpointError
 
 Mapper = Callable[[list[str]], list[str]]
-"""From names as stored to vLLM's names, as ``WeightsMapper.apply_list``; what it drops is missing from the result."""
+"""From names as stored to the engine's, as ``WeightsMapper.apply_list``; what it drops is missing from the result."""
+
+RemoteNames = Callable[[Source], Iterable[str]]
+"""The names of a repository's tensors, asked of the Hub before its files are downloaded."""
 
 
 class StoredModules:
@@ -32,10 +34,14 @@ class StoredModules:
 
     Args:
         source: Where the checkpoint is.
+        engine: The engine's name, for messages.
+        remote_names: Asks for the tensors of files that are not on this machine yet.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, engine: str, remote_names: RemoteNames):
         self.source = source
+        self.engine = engine
+        self._remote_names = remote_names
         self._mappers: list[Mapper] = []
         self._is_checked = False
 
@@ -49,8 +55,8 @@ class StoredModules:
         """The stored names of a linear layer's projections; empty if it is not quantized.
 
         Args:
-            prefix: vLLM's name of the layer.
-            parts: What vLLM has fused into it, by the last part of their names (``q_proj``, ...).
+            prefix: The engine's name of the layer.
+            parts: What the engine has fused into it, by the last part of their names (``q_proj``, ...).
 
         Raises:
             CheckpointError: if only some of the parts are quantized.
@@ -65,7 +71,7 @@ class StoredModules:
         if found:
             other = next(name for name in names if name not in found)
             raise CheckpointError(
-                f"quantized, but {other} is not, and vLLM holds both in one layer, {prefix}",
+                f"quantized, but {other} is not, and {self.engine} holds both in one layer, {prefix}",
                 file=self.file_of(self.quantized[found[0]]),
                 module=self.quantized[found[0]],
             )
@@ -78,13 +84,9 @@ class StoredModules:
     def experts(self, prefix: str) -> dict[tuple[int, str], str]:
         """The stored names of the experts' projections below ``prefix``, by number and name; empty if not quantized."""
         prefix = prefix.removesuffix(".routed_experts")
-        found = {}
-        for name, stored in self.quantized.items():
-            if name.startswith(f"{prefix}."):
-                first, _, second = name[len(prefix) + 1 :].partition(".")
-                number, own = (first, second) if is_index(first) else (second, first)
-                if is_index(number):
-                    found[int(number), own] = stored
+        found = _below(prefix, self.quantized)
+        if not found and not any(name.startswith(f"{prefix}.") for name in self.plain):
+            found = _below(_tail(prefix), self._tails)  # as for linear layers
         return found
 
     def explain(self, error: CheckpointError) -> CheckpointError:
@@ -109,7 +111,7 @@ class StoredModules:
 
     @cached_property
     def index(self) -> CheckpointIndex:
-        """The headers of the files on this machine; complete once vLLM has downloaded them."""
+        """The headers of the files on this machine; complete once the engine has downloaded them."""
         config = self.source.cached("config.json")
         return CheckpointIndex({}) if config is None else CheckpointIndex.open(_weight_files(Path(config).parent))
 
@@ -117,7 +119,7 @@ class StoredModules:
         """Look once for what no layer would read; to be asked when all files are on this machine.
 
         Raises:
-            CheckpointError: naming it; vLLM would drop it, or cast it, in silence.
+            CheckpointError: naming it; an engine would drop it, or cast it, in silence.
         """
         if not self._is_checked:
             config = self.source.cached("config.json")
@@ -131,25 +133,20 @@ class StoredModules:
         Raises:
             CheckpointError: if nobody can tell them before loading.
         """
-        if self.source.is_local:
-            names = self.index.tensors.keys()
-        else:  # the files may be yet to come
-            names = stock.get_safetensors_params_metadata(
-                self.source.name, revision=self.source.hub.get("revision")
-            ).keys()
+        names = frozenset(self.index.tensors if self.source.is_local else self._remote_names(self.source))
         if not names:
             raise CheckpointError("no weight file whose header could be read", file=self.source.name)
-        return frozenset(names)
+        return names
 
     @cached_property
     def quantized(self) -> dict[str, str]:
-        """Modules with packed tensors: vLLM's name to the stored one."""
+        """Modules with packed tensors: the engine's name to the stored one."""
         stored = sorted({name.rpartition(".")[0] for name in self.names if name.endswith(PACKED)})
         return {new: name for name in stored if (new := self._map(name, ".qweight"))}
 
     @cached_property
     def plain(self) -> frozenset[str]:
-        """Modules with a plain weight, by vLLM's names."""
+        """Modules with a plain weight, by the engine's names."""
         stored = {name.removesuffix(".weight") for name in self.names if name.endswith(".weight")}
         return frozenset(new for name in stored if (new := self._map(name, ".weight")))
 
@@ -164,13 +161,24 @@ class StoredModules:
         return names[0].removesuffix(suffix) if names else ""
 
 
+def _below(prefix: str, modules: Mapping[str, str]) -> dict[tuple[int, str], str]:
+    found = {}
+    for name, stored in modules.items():
+        if prefix and name.startswith(f"{prefix}."):
+            first, _, second = name[len(prefix) + 1 :].partition(".")
+            number, own = (first, second) if is_index(first) else (second, first)
+            if is_index(number):
+                found[int(number), own] = stored
+    return found
+
+
 def _tail(name: str) -> str:
     found = re.search(r"[^.]+\.\d+\..+$", name)
     return found[0] if found else ""
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The files that vLLM loads: those that an index names, else all safetensors, else pickles."""
+    """The files that engines load: those that an index names, else all safetensors, else pickles."""
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(NOT_WEIGHTS))
     indices = [name for name in names if name.endswith(SAFE_ENDINGS[1])]
     if indices:
