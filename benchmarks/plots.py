@@ -1,4 +1,4 @@
-"""The plots of the README and of docs/performance.md, from the recorded rows in ``results/``.
+"""The plots of the README, of docs/performance.md and of docs/making.md, from the recorded rows in ``results/``.
 
 python benchmarks/plots.py                        # needs matplotlib, no GPU
 """
@@ -101,7 +101,28 @@ def write_overview(name: str) -> None:
     figure.savefig(DOCS / name, dpi=110)
 
 
+def write_quality(name: str) -> None:
+    """Distance to the float model over size, one curve for each maker of checkpoints."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    rows = results("making.csv")
+    for maker, color in ((next(row["maker"] for row in rows if row["maker"] != "graftq"), PEER), ("graftq", GRAFTQ)):
+        own = sorted((float(row["bits_per_weight"]), float(row["kl"])) for row in rows if row["maker"] == maker)
+        axis.plot(*zip(*own, strict=True), "o-", color=color, label=maker)
+    for row in rows:
+        group, place = f"g{row['group']}", {"textcoords": "offset points", "xytext": (6, -4), "fontsize": 8}
+        if row["group"] == "-1":
+            group, place = "one group", {**place, "xytext": (-6, -8), "ha": "right"}
+        if row["maker"] == "graftq":
+            axis.annotate(f"{row['bits']} bits, {group}", (float(row["bits_per_weight"]), float(row["kl"])), **place)
+    axis.set(yscale="log", xlabel="bits per weight, scales and zero points included", xlim=(1.5, 9.3))
+    axis.set(ylabel="KL to the float model, nats per token", title="tiny Mixtral: nearer to the float model is lower")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(DOCS / name, dpi=110)
+
+
 def main() -> None:
+    write_quality("making.png")
     write_panels("linear_h100.png", LAYERS, linear_panel, rows=2)
     write_panels("experts_h100.png", EXPERTS, experts_panel)
     write_overview("results_h100.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from support.models import logits, tiny
 from support.processes import ROOT
 from transformers import AutoModelForCausalLM
 
-from graftq.adapters.transformers.making import store, streaming
+from graftq.adapters.transformers.making import engine, store, streaming
 from graftq.adapters.transformers.making.calibration import token_rows
 from graftq.adapters.transformers.making.command import texts
 from graftq.adapters.transformers.making.door import make
@@ -187,6 +188,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert parameters["meta"]["tokens"] == 120
     assert main(call) == 1
     assert "the folder is not empty" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_block_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(engine, "solve", full)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": ROWS[0].tolist()}))
+    call = ["quantize", str(float_model(tmp_path, "llama")), str(tmp_path / "out"), "--group-size", "32"]
+    assert main([*call, "--dataset", str(tmp_path / "rows.jsonl")]) == 1
+    assert re.search(
+        r"model\.layers\.0: out of memory with 24 calib.* take fewer.*--device cpu", capsys.readouterr().err
+    )
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path):

@@ -46,7 +46,7 @@ def run(arguments: Any) -> int:
                 resume=arguments.resume,
                 step=progress.step,
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"graftq: {error}", file=sys.stderr)
         return 1
     print(worst(report))

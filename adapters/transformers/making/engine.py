@@ -103,7 +103,20 @@ def quantize_block(
 
     Raises:
         ValueError: if a value is NaN or infinite, naming the module.
+        torch.OutOfMemoryError: naming the block, and what helps.
     """
+    try:
+        return _quantize_block(block, name, streams, options, step, place)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{name}: out of memory with {sum(x.shape[0] * x.shape[1] for x in streams.made)} calibration tokens; take "
+            f"fewer or shorter rows, a smaller batch_size, or the CPU (device_map='cpu', --device cpu). {error}"
+        ) from error
+
+
+def _quantize_block(
+    block: nn.Module, name: str, streams: Streams, options: Options, step: Step, place: tuple[int, int]
+) -> BlockResult:
     original = copy.deepcopy(block) if streams.float is not None else None
     first = streams.calls[0]
     units = find_units(
