@@ -116,7 +116,15 @@ class Job:
         return " ".join([*shape, *(f"{name}={value}" for name, value in self.options)])
 
 
-POINTERS = {"codes": "i16", "high": "i16", "scales": "fp16", "partials": "fp32", "counters": "i32", "order": "i32"}
+POINTERS = {
+    "codes": "i16",
+    "high": "i16",
+    "zeros": "i16",
+    "scales": "fp16",
+    "partials": "fp32",
+    "counters": "i32",
+    "order": "i32",
+}
 POINTERS |= {"index": "i64", "slots": "i32", "tile_expert": "i32", "columns": "i32", "weights": "fp32", "rows": "fp32"}
 
 KERNELS: dict[str, Any] = {}
@@ -181,7 +189,7 @@ def _spec(bits: int, group: int, sym: bool, k: int, n: int) -> QuantSpec:
 def _dense(bits: int, group: int, dtype: torch.dtype, sym: bool, tokens: int) -> None:
     k = n = LAYERS["dense"]
     spec, device = _spec(bits, group, sym, k, n), torch.device("cuda", 0)
-    strides = (n, 0 if sym else n * bits // 32)
+    strides = (n, 0 if sym else n)
     shape = torch.Size((tokens, k))
     key = LinearKey(spec.signature, shape, (k, 1), dtype, device, k // 128, spec.num_groups, *strides,
                     torch.float16, None, False)  # fmt: skip
@@ -218,8 +226,7 @@ def _job(made: launch.Launch, name: str, layer: str, bits: int, dtype: str, sym:
     names, values = kernel.arg_names, made._arguments
     tensors = len(names) - len(values)
     short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-    zeros = "i16" if "experts" in names or "tile_expert" in names else "i32"
-    kinds = [(each, "*" + POINTERS.get(each, zeros if each == "zeros" else short)) for each in names[:tensors]]
+    kinds = [(each, "*" + POINTERS.get(each, short)) for each in names[:tensors]]
     constants, divisible = [], list(names[:tensors])
     for parameter, value in zip(kernel.params[tensors:], values, strict=True):
         is_constant = parameter.is_constexpr or value == 1

@@ -49,7 +49,6 @@ def random_packed(spec: QuantSpec) -> dict[str, torch.Tensor]:
     packed = {
         "codes": words(tiles, atoms, 512 * width),
         "scales": (torch.rand(spec.num_groups, spec.out_features, device="cuda") * 0.01 + 0.002).half(),
-        "qzeros": torch.zeros(spec.num_groups, spec.packed_zero_columns, dtype=torch.int32, device="cuda"),
     }
     if spec.bits == 3:
         packed["high"] = words(tiles, atoms, 512)

@@ -20,12 +20,12 @@ WORKSPACE_BYTES = 128 * 2**20
 
 
 class TiledWeights(NamedTuple):
-    """The tensors of ``TiledLayout`` that a product reads, in the operators' order; ``qzeros`` None if symmetric."""
+    """The tensors of ``TiledLayout`` that a product reads, in the operators' order; ``zeros`` None if symmetric."""
 
     codes: torch.Tensor
     high: torch.Tensor | None
     scales: torch.Tensor
-    qzeros: torch.Tensor | None
+    zeros: torch.Tensor | None
     order: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -39,7 +39,7 @@ def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype)
     """
     n, atoms = spec.out_features, weights.codes.shape[1]
     device, scales = weights.codes.device, weights.scales
-    strides = (scales.stride(0), 0 if weights.qzeros is None else weights.qzeros.stride(0))
+    strides = (scales.stride(0), 0 if weights.zeros is None else weights.zeros.stride(0))
     space = None
     for first, count in runs_of(n, atoms, dtype.itemsize):
         if space is None:  # the first run is the longest
@@ -48,7 +48,7 @@ def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype)
             weights.codes,
             weights.codes if weights.high is None else weights.high,
             scales,
-            weights.codes if weights.qzeros is None else weights.qzeros,
+            weights.codes if weights.zeros is None else weights.zeros,
             space,
         )
         yield first * TILE_N, space[: min(count * TILE_N, n - first * TILE_N)]
@@ -89,7 +89,6 @@ def _launch(
             spec.bits,
             TiledLayout(spec).group(scale_rows),
             spec.sym,
-            spec.zero_offset,
             program_for(device, spec.bits, dtype, spec.sym),
         ),
         (("num_warps", 4), ("num_stages", 1)),

@@ -36,7 +36,7 @@ class LinearKey(NamedTuple):
         atoms: Atoms of 128 input rows in ``codes``.
         scale_rows: Rows of ``scales``.
         scale_stride: Elements from one row of ``scales`` to the next, more than N where siblings are joined.
-        zero_stride: Likewise of ``qzeros``; 0 if symmetric.
+        zero_stride: Likewise of ``zeros``; 0 if symmetric.
         scale_dtype: A kernel is compiled for it.
         bias_dtype: Likewise; None if there is no bias.
         is_ordered: Whether act-order has moved the input rows.
@@ -61,7 +61,7 @@ class LinearKey(NamedTuple):
 
         Every call builds one: ``tuple.__new__`` takes half the time of the class's own constructor.
         """
-        codes, _, scales, qzeros, order, bias = weights
+        codes, _, scales, zeros, order, bias = weights
         fields = (
             signature,
             x.shape,
@@ -71,7 +71,7 @@ class LinearKey(NamedTuple):
             codes.shape[1],
             scales.shape[0],
             scales.stride()[0],
-            0 if qzeros is None else qzeros.stride()[0],
+            0 if zeros is None else zeros.stride()[0],
             scales.dtype,
             None if bias is None else bias.dtype,
             order is not None,
@@ -157,7 +157,7 @@ class _FusedProduct:
         self._tiles = -(-n // tile.rows) * (1 if tile.tokens == 1 else -(-m // tile.tokens))
         self._partials = tile.splits * m * n if tile.splits > 1 else 0
         program = program_for(key.device, spec.bits, key.dtype, spec.sym)
-        weights = (spec.bits, group, spec.sym, spec.zero_offset, program, key.bias_dtype is not None)
+        weights = (spec.bits, group, spec.sym, program, key.bias_dtype is not None)
         strides = (key.scale_stride, key.zero_stride)
         mask_k = k < atoms * 128
         grid, options = (self._tiles, tile.splits, 1), tile.options(overlap)
@@ -173,7 +173,7 @@ class _FusedProduct:
             self._launch = Launch(matrix_kernel, grid, integers, constants, options)
 
     def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
-        codes, high, scales, qzeros, _, bias = weights
+        codes, high, scales, zeros, _, bias = weights
         partials = arrivals = codes  # any tensor: without splits the kernel touches neither
         if self._partials:
             partials = torch.empty(self._partials, dtype=torch.float32, device=self._device)
@@ -184,7 +184,7 @@ class _FusedProduct:
             codes,
             codes if high is None else high,
             scales,
-            codes if qzeros is None else qzeros,
+            codes if zeros is None else zeros,
             scales if bias is None else bias,
             out,
             partials,

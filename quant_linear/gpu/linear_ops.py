@@ -16,7 +16,7 @@ from graftq.quant_linear.gpu.dispatch_bypass import on_its_device
 from graftq.quant_linear.gpu.linear_launches import LinearKey, launches_for
 from graftq.quant_linear.spec import QuantSpec
 
-_WEIGHTS = "Tensor codes, Tensor? high, Tensor scales, Tensor? qzeros, Tensor? order, Tensor? bias, str signature"
+_WEIGHTS = "Tensor codes, Tensor? high, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, str signature"
 # The operators exist as long as this object does. "FRAGMENT", since several modules define operators of `graftq`.
 _library = torch.library.Library("graftq", "FRAGMENT")
 _library.define(f"tiled_linear(Tensor x, {_WEIGHTS}) -> Tensor")
@@ -25,33 +25,33 @@ _library.define(f"tiled_linear_input_grad(Tensor grad, {_WEIGHTS}) -> Tensor")
 
 @on_its_device
 def tiled_linear(
-    x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, qzeros: Tensor | None, order: Tensor | None,
+    x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None, order: Tensor | None,
     bias: Tensor | None, signature: str,
 ) -> Tensor:  # fmt: skip
     """``x @ W.T + bias``: [..., N] in the dtype of ``x``, contiguous.
 
     Args:
         x: fp16 or bf16 [..., K], any strides.
-        codes, high, scales, qzeros, order, bias: The tensors of ``TiledLayout``; ``qzeros`` None if symmetric.
+        codes, high, scales, zeros, order, bias: The tensors of ``TiledLayout``; ``zeros`` None if symmetric.
         signature: ``QuantSpec.signature``.
 
     Raises:
         RuntimeError: The last dimension of ``x`` is not K.
     """
-    weights = tuple.__new__(TiledWeights, (codes, high, scales, qzeros, order, bias))
+    weights = tuple.__new__(TiledWeights, (codes, high, scales, zeros, order, bias))
     return launches_for(LinearKey.of(x, weights, signature)).run(x, weights)
 
 
 @on_its_device
 def _tiled_linear_input_grad(
-    grad: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, qzeros: Tensor | None, order: Tensor | None,
+    grad: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None, order: Tensor | None,
     bias: Tensor | None, signature: str,
 ) -> Tensor:  # fmt: skip
     """The gradient of ``x``: ``grad @ W`` [..., K] for ``grad`` [..., N], summed over N in the dtype of ``grad``.
 
     Other arguments as for :func:`tiled_linear`.
     """
-    weights, spec = TiledWeights(codes, high, scales, qzeros, order, bias), QuantSpec.parse(signature)
+    weights, spec = TiledWeights(codes, high, scales, zeros, order, bias), QuantSpec.parse(signature)
     rows, k = grad.reshape(-1, spec.out_features), spec.in_features
     total = grad.new_zeros(len(rows), codes.shape[1] * 128)
     for first, run in dequantized_runs(weights, spec, grad.dtype):
@@ -70,13 +70,13 @@ class TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, qzeros: Tensor | None,
+        ctx: Any, x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None,
         order: Tensor | None, bias: Tensor | None, signature: str,
     ) -> Tensor:  # fmt: skip
         """Arguments as for :func:`tiled_linear`."""
-        ctx.save_for_backward(codes, high, scales, qzeros, order, bias)
+        ctx.save_for_backward(codes, high, scales, zeros, order, bias)
         ctx.signature = signature
-        return torch.ops.graftq.tiled_linear(x, codes, high, scales, qzeros, order, bias, signature)
+        return torch.ops.graftq.tiled_linear(x, codes, high, scales, zeros, order, bias, signature)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,7 +91,7 @@ _library.impl("tiled_linear_input_grad", _tiled_linear_input_grad, "CompositeExp
 
 @torch.library.register_fake("graftq::tiled_linear", lib=_library)
 def _(
-    x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, qzeros: Tensor | None, order: Tensor | None,
+    x: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None, order: Tensor | None,
     bias: Tensor | None, signature: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], QuantSpec.parse(signature).out_features)
@@ -99,7 +99,7 @@ def _(
 
 @torch.library.register_fake("graftq::tiled_linear_input_grad", lib=_library)
 def _(
-    grad: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, qzeros: Tensor | None, order: Tensor | None,
+    grad: Tensor, codes: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None, order: Tensor | None,
     bias: Tensor | None, signature: str,
 ) -> Tensor:  # fmt: skip
     return grad.new_empty(*grad.shape[:-1], QuantSpec.parse(signature).in_features)

@@ -49,7 +49,7 @@ class TritonProvider:
             packed["codes"],
             packed.get("high"),
             packed["scales"],
-            None if spec.sym else packed["qzeros"],
+            None if spec.sym else packed["zeros"],
             packed.get("order"),
             packed.get("bias"),
             spec.signature,

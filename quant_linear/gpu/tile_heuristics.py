@@ -50,6 +50,10 @@ FUSED_TOKENS = 1024
 """Tokens up to which unpacking in the product beats dequantized weights and cuBLAS (measured on an H100 only)."""
 
 
+ASYNCHRONOUS = (90, 100, 103)
+"""Compute capabilities whose matrix instructions run beside others: Hopper's and the large Blackwell's."""
+
+
 @lru_cache(maxsize=4096)
 def choose(device: Device, bits: int, group: int, n: int, k: int, m: int) -> Tile | None:
     """The tile for ``m`` tokens by ``n`` output and ``k`` input rows, or None for dequantized weights.
@@ -164,13 +168,18 @@ def shared_bytes(device: Device, bits: int, tile: Tile, per_atom: int) -> int:
         return 128 * (2 if device.matrix_units else 4) * (tile.rows + tile.tokens)
     ahead = max(1, tile.stages - 1)
     # Asynchronous products read one more buffer while the next is filled.
-    activations = 256 * tile.tokens * (ahead + (tile.stages > 1 and device.capability in (90, 100, 103)))
+    activations = 256 * tile.tokens * (ahead + (tile.stages > 1 and device.capability in ASYNCHRONOUS))
     weights = tile.rows * (16 * bits + 8 * per_atom) * ahead  # codes, and a scale and a zero point of four bytes each
-    return max((activations + weights) * tile.unroll, 4 * tile.rows * tile.tokens)  # or the sums, when they are stored
+    # Where the product is not asynchronous, Triton passes unpacked 3-bit weights through it, one atom at a time.
+    passing = 256 * tile.rows if bits == 3 and tile.unroll == 1 and device.capability not in ASYNCHRONOUS else 0
+    return max((activations + weights) * tile.unroll + passing, 4 * tile.rows * tile.tokens)  # or the sums, at the end
 
 
 def fitted(device: Device, bits: int, tile: Tile, per_atom: int) -> Tile:
-    """``tile``, or one of the same tokens that fits the device's shared memory; arguments as :func:`shared_bytes`."""
+    """``tile``, or one that fits the device's shared memory: of the same tokens, unless there is none of more than 64.
+
+    Arguments as for :func:`shared_bytes`.
+    """
     while shared_bytes(device, bits, tile, per_atom) > device.shared_memory:
         if tile.unroll > 1:
             tile = replace(tile, unroll=1)
@@ -178,6 +187,8 @@ def fitted(device: Device, bits: int, tile: Tile, per_atom: int) -> Tile:
             tile = replace(tile, stages=tile.stages - 1)
         elif tile.rows > 64:
             tile = replace(tile, rows=64, warps=max(4, tile.warps // 2))
+        elif tile.tokens > 64:
+            tile = replace(tile, tokens=64)
         else:
             break
     return tile

@@ -9,6 +9,7 @@ import torch
 from graftq.quant_linear.gpu.split_counters import reserve
 from graftq.quant_linear.gpu.tile_words import ATOM_K, from_tiles, to_tiles
 from graftq.quant_linear.layouts import GptqTensors, Packed
+from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.row_order import RowOrder, has_even_groups, order_rows
 from graftq.quant_linear.spec import QuantSpec
 
@@ -29,9 +30,10 @@ class TiledLayout:
     codes   int16 [tiles, atoms, 512 * width]  codes (3 bits: their low two); see ``kernels.unpack``
     high    int16 [tiles, atoms, 512]          3 bits only: the top bits
     scales  [groups, padded_out]               as stored; one row per :data:`UNIT` if regrouped
-    qzeros  int32 [groups, zero columns]       as stored; one row per unit if regrouped
+    zeros   int16 [groups, padded_out]         zero points, offset included; likewise; if not symmetric
     order   int32 [128 * atoms]                input row at each place, only if the rows are not in their own order
-    g_idx   as stored, if stored               kept for :meth:`unpack` alone
+    qzeros  as stored                          kept for :meth:`unpack` alone
+    g_idx   as stored, if stored               likewise
     bias    as stored, if stored
     ======= ================================== ====================================================================
 
@@ -67,10 +69,11 @@ class TiledLayout:
         columns = self.spec.padded_out
         source = columns_of(columns, -(-columns // PADDED_N) * PADDED_N, tensors.qweight.device)
         packed = to_tiles(tensors.qweight, self.spec.bits, order, source)
-        packed["scales"], packed["qzeros"] = tensors.scales, tensors.qzeros
-        if in_units:
-            packed["scales"] = tensors.scales[order.unit_group]
-            packed["qzeros"] = tensors.qzeros[order.unit_group]
+        rows = order.unit_group if in_units else slice(None)
+        packed["scales"] = tensors.scales[rows]
+        if not self.spec.sym:
+            packed["zeros"] = stored_zeros(tensors, self.spec)[rows]
+        packed["qzeros"] = tensors.qzeros
         optional = {"order": order.order, "g_idx": tensors.g_idx, "bias": tensors.bias}
         return Packed(packed | {name: tensor for name, tensor in optional.items() if tensor is not None}, in_units)
 
@@ -80,13 +83,11 @@ class TiledLayout:
         order = self.row_order(packed.get("g_idx"), packed["codes"].device, bool(packed.form))
         qweight = from_tiles(packed, spec.bits, order, spec.packed_rows)[:, : spec.padded_out].contiguous()
         scales = _own(packed["scales"], spec.padded_out)
-        qzeros = _own(packed["qzeros"], spec.packed_zero_columns)
         bias = packed.get("bias")
         if packed.form:
-            first = order.first_units(spec.num_groups)
-            scales, qzeros = scales[first], qzeros[first]
+            scales = scales[order.first_units(spec.num_groups)]
         bias = None if bias is None else _own(bias, spec.stored_bias)
-        return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), bias)
+        return GptqTensors(qweight, packed["qzeros"], scales, packed.get("g_idx"), bias)
 
     def needs_units(self, g_idx: torch.Tensor | None) -> bool:
         """Whether scales have to be stored per unit: no kernel knows the group size, or groups are uneven."""
@@ -103,6 +104,12 @@ class TiledLayout:
         """
         unit = UNIT if in_units or self.spec.num_groups == 1 else min(self.spec.group_size, ATOM_K)
         return order_rows(self.spec, g_idx, unit, device, multiple=ATOM_K)
+
+
+def stored_zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
+    """Zero points of all stored columns, int16 [groups, padded_out]; 0 for those that the writer padded."""
+    zeros = zero_points(tensors, spec).to(torch.int16, memory_format=torch.contiguous_format)
+    return torch.nn.functional.pad(zeros, (0, spec.padded_out - spec.out_features))
 
 
 def _own(tensor: torch.Tensor, width: int) -> torch.Tensor:

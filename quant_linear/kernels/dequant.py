@@ -12,7 +12,7 @@ from graftq.quant_linear.kernels.unpack import load_words, unpack
 @triton.jit
 def dequantize_kernel(
     codes, high, scales, zeros, out, first_tile, N, atoms, groups, scale_stride, zero_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr,
 ):  # fmt: skip
     """One atom of 64 output by 128 input rows as ``(code - zero) * scale``; grid (tiles of the run, atoms).
 
@@ -21,8 +21,7 @@ def dequantize_kernel(
             atom's words in the order that ``unpack.load_words`` describes.
         high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: Rows of one group each, ``zero_stride`` apart, read if not SYM: int32 [groups, N * BITS / 32], zero
-            points as the checkpoint packs them, less ZERO_OFFSET; or int16 [groups, N], the zero points.
+        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
         out: fp16 or bf16 [64 * tiles of the run, 128 * atoms], contiguous, inputs in packed order; rows from ``N`` on
             become zero.
         first_tile: Where the run begins, in tiles of 64 output rows.
@@ -55,7 +54,7 @@ def dequantize_kernel(
     zero = tl.full((64, 1), 2 ** (BITS - 1) if SYM else 0, DTYPE)
     weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (64, PER_ATOM, 128 // PER_ATOM))
     if not SYM:
-        weights -= load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, :, None]
+        weights -= load_zeros(zeros, group, rows[:, None], zero_stride, N, DTYPE)[:, :, None]
     scale = load_scales(scales, group, rows[:, None], scale_stride, N)[:, :, None]  # [64, PER_ATOM, 1]
     weights = tl.reshape(scale_weights(weights, scale, SCALES), (64, 128))
     place = out + (tile * 64 + tl.arange(0, 64)).to(tl.int64)[:, None] * (atoms * 128) + atom * 128

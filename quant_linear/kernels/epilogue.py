@@ -18,25 +18,17 @@ def load_scales(scales, group, rows, stride, N):
 
 
 @triton.jit
-def load_zeros(zeros, group, rows, stride, N, BITS: tl.constexpr, ZERO_OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+def load_zeros(zeros, group, rows, stride, N, DTYPE: tl.constexpr):
     """The zero points of output ``rows`` in each ``group``, in ``DTYPE``.
 
+    They are not read as the checkpoint packs them: shifting each out of its word made Triton pass whole tiles of
+    unpacked weights through shared memory.
+
     Args:
-        zeros: Rows of one group each, ``stride`` apart. int32 [groups, N * BITS / 32]: as the checkpoint packs them, a
-            little-endian bit stream along the output rows, less ZERO_OFFSET. int16 [groups, N], of experts: unpacked.
+        zeros: int16 [groups, N], rows ``stride`` apart.
         group, rows: Integers, broadcast against each other; the result has their shape.
     """
-    if zeros.dtype.element_ty == tl.int16:
-        return tl.load(zeros + group * stride + rows, mask=rows < N, other=0).to(DTYPE)
-    else:
-        word = zeros + group * stride + rows * BITS // 32
-        shift = rows * BITS % 32
-        zero = tl.load(word, mask=rows < N, other=0) >> shift
-        if BITS == 3:  # codes 10 and 21 of every 32 straddle two words
-            left = 32 - tl.maximum(shift, 1)  # bits of the first word; the shift above filled in copies of the sign
-            rest = tl.load(word + 1, mask=(rows < N) & (shift > 29), other=0)
-            zero = (zero & ((1 << left) - 1)) | (rest << left)
-        return ((zero & ((1 << BITS) - 1)) + ZERO_OFFSET).to(DTYPE)
+    return tl.load(zeros + group * stride + rows, mask=rows < N, other=0).to(DTYPE)
 
 
 @triton.jit

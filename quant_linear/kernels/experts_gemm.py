@@ -79,7 +79,7 @@ def experts_matrix_kernel(
         x + (slot // share).to(tl.int64)[:, None] * x_stride, there, codes, high,
         scales + expert * groups * stride, zeros + expert * groups * stride,
         (expert * tiles_n + tile_n * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, groups, stride, stride,
-        BITS, GROUP, SYM, 0, PROGRAM, True, MASK_K, SCALE_WEIGHTS, KEEP, False, UNROLL, SPLIT_K,
+        BITS, GROUP, SYM, PROGRAM, True, MASK_K, SCALE_WEIGHTS, KEEP, False, UNROLL, SPLIT_K,
     )  # fmt: skip
     slot = slot.to(tl.int64)
     inside = (rows < N)[:, None] & there[None, :]

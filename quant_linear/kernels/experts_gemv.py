@@ -65,7 +65,7 @@ def up_vector_kernel(
     acc = multiply_row(
         x + slot * x_stride, codes, high, scales + expert * groups * stride, zeros + expert * groups * stride,
         (expert * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
-        BITS, GROUP, SYM, 0, PROGRAM, MASK_K, False, UNROLL, SPLIT_K,
+        BITS, GROUP, SYM, PROGRAM, MASK_K, False, UNROLL, SPLIT_K,
     )  # fmt: skip
     arrival = slot * tl.num_programs(0) + tile
     acc, last = sum_splits(acc, partials, counters, arrival, split, TOP_K * N, slot * N + rows, rows < N, SPLIT_K)
@@ -122,7 +122,7 @@ def down_vector_kernel(
         acc = multiply_row(
             x + slot * K, codes, high, scales + place * groups * stride, zeros + place * groups * stride,
             (place * tiles_n + tile * (BLOCK_N // 64)) * atoms, rows, split, N, K, atoms, stride, stride,
-            BITS, GROUP, SYM, 0, PROGRAM, False, False, UNROLL, SPLIT_K,
+            BITS, GROUP, SYM, PROGRAM, False, False, UNROLL, SPLIT_K,
         )  # fmt: skip
         tl.store(partials + (split * TOP_K + slot) * N + rows, acc, mask=inside)
     tl.debug_barrier()  # all threads have stored their sums before one thread signals it

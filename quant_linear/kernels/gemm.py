@@ -31,7 +31,7 @@ def _await_product(acc, PROGRAM: tl.constexpr):
 def multiply_tile(
     x, inside_m, codes, high, scales, zeros,
     first_atom, rows, split, N, K, atoms, groups, scale_stride, zero_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr,
     MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
     AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def multiply_tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1) if SYM else 0, DTYPE)
     if GROUP == 0 and not SYM:
-        zero = load_zeros(zeros, 0, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
+        zero = load_zeros(zeros, 0, rows, zero_stride, N, DTYPE)[:, None]
     if AFTER_GATHER:
         tl.extra.cuda.gdc_wait()
 
@@ -88,7 +88,7 @@ def multiply_tile(
                 group = atom // (GROUP // 128)
                 scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
                 if not SYM:
-                    zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
+                    zero = load_zeros(zeros, group, rows, zero_stride, N, DTYPE)[:, None]
                 weights = unpack(words, top, zero, BITS, PROGRAM, DTYPE)  # [BLOCK_N, 128]
                 if SCALE_WEIGHTS:
                     acc = _await_product(tl.dot(scale_weights(weights, scale, SCALES), activations, acc), PROGRAM)
@@ -101,7 +101,7 @@ def multiply_tile(
                 weights = tl.reshape(unpack(words, top, zero, BITS, PROGRAM, DTYPE), (BLOCK_N, PER_ATOM, GROUP))
                 if not SYM:
                     # [BLOCK_N, PER_ATOM]
-                    center = load_zeros(zeros, group, rows[:, None], zero_stride, N, BITS, ZERO_OFFSET, DTYPE)
+                    center = load_zeros(zeros, group, rows[:, None], zero_stride, N, DTYPE)
                     weights -= center[:, :, None]
                 weights = tl.reshape(scale_weights(weights, scale, SCALES), (BLOCK_N, 128))
                 acc = _await_product(tl.dot(weights, activations, acc), PROGRAM)
@@ -114,7 +114,7 @@ def multiply_tile(
 def matrix_kernel(
     x, codes, high, scales, zeros, bias, out, partials, counters,
     M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASK_M: tl.constexpr, MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr,
     AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -129,8 +129,7 @@ def matrix_kernel(
             of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
         high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less
-            ZERO_OFFSET; read if not SYM.
+        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
         bias: [N], any float dtype; read if HAS_BIAS.
         out: [M, N], contiguous, in the dtype of ``x``.
         partials: float32 [SPLIT_K, M, N]; used if SPLIT_K > 1.
@@ -160,6 +159,6 @@ def matrix_kernel(
     acc = multiply_tile(
         x + tokens.to(tl.int64)[:, None] * x_stride, tokens < M, codes, high, scales, zeros,
         first_atom, rows, split, N, K, atoms, groups, scale_stride, zero_stride,
-        BITS, GROUP, SYM, ZERO_OFFSET, PROGRAM, MASK_M, MASK_K, SCALE_WEIGHTS, KEEP, AFTER_GATHER, UNROLL, SPLIT_K,
+        BITS, GROUP, SYM, PROGRAM, MASK_M, MASK_K, SCALE_WEIGHTS, KEEP, AFTER_GATHER, UNROLL, SPLIT_K,
     )  # fmt: skip
     finish_tile(acc, out, bias, partials, counters, tile, split, rows, tokens, M, N, HAS_BIAS, SPLIT_K)

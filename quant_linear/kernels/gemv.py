@@ -25,7 +25,7 @@ def _load_part(x, start, K, COUNT: tl.constexpr, MASK_K: tl.constexpr):
 @triton.jit
 def multiply_row(
     x, codes, high, scales, zeros, first_atom, rows, split, N, K, atoms, scale_stride, zero_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr,
     MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """``W[rows] @ x`` over one split of K: float32 [BLOCK_N], not yet summed over the splits.
@@ -59,7 +59,7 @@ def multiply_row(
     acc = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
     zero = tl.full((BLOCK_N, 1), 2 ** (BITS - 1), DTYPE)
     if GROUP == 0 and not SYM:
-        zero = load_zeros(zeros, 0, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
+        zero = load_zeros(zeros, 0, rows, zero_stride, N, DTYPE)[:, None]
     if AFTER_GATHER:
         tl.extra.cuda.gdc_wait()
 
@@ -72,7 +72,7 @@ def multiply_row(
                 group = atom // (GROUP // 128)
                 scale = load_scales(scales, group, rows, scale_stride, N)[:, None]  # [BLOCK_N, 1]
                 if not SYM:
-                    zero = load_zeros(zeros, group, rows, zero_stride, N, BITS, ZERO_OFFSET, DTYPE)[:, None]
+                    zero = load_zeros(zeros, group, rows, zero_stride, N, DTYPE)[:, None]
             part = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
             planes = unpack_planes(words, top, zero, BITS, PROGRAM, DTYPE)  # PLANES times [BLOCK_N, 128 / PLANES]
             for plane in tl.static_range(PLANES):
@@ -97,7 +97,7 @@ def multiply_row(
 def vector_kernel(
     x, codes, high, scales, zeros, bias, out, partials, counters,
     N, K, atoms, scale_stride, zero_stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, ZERO_OFFSET: tl.constexpr, PROGRAM: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASK_K: tl.constexpr, AFTER_GATHER: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +109,7 @@ def vector_kernel(
             of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
         high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: int32 [groups, N * BITS / 32], rows ``zero_stride`` apart: zero points as the checkpoint packs them, less
-            ZERO_OFFSET; read if not SYM.
+        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
         bias: [N], any float dtype; read if HAS_BIAS.
         out: [N], in the dtype of ``x``.
         partials: float32 [SPLIT_K, N]; used if SPLIT_K > 1.
@@ -130,6 +129,6 @@ def vector_kernel(
     first_atom = (tile * (BLOCK_N // 64)).to(tl.int64) * atoms
     total = multiply_row(
         x, codes, high, scales, zeros, first_atom, rows, split, N, K, atoms, scale_stride, zero_stride,
-        BITS, GROUP, SYM, ZERO_OFFSET, PROGRAM, MASK_K, AFTER_GATHER, UNROLL, SPLIT_K,
+        BITS, GROUP, SYM, PROGRAM, MASK_K, AFTER_GATHER, UNROLL, SPLIT_K,
     )  # fmt: skip
     finish_row(total, out, bias, partials, counters, tile, split, rows, N, HAS_BIAS, SPLIT_K)

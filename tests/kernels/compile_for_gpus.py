@@ -18,7 +18,7 @@ from graftq.quant_linear.kernels.pack import pack_kernel
 from graftq.quant_linear.kernels.unpack import unpack_program
 
 POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i16", "high": "*i16", "scales": "*fp16"}
-POINTERS |= {"zeros": "*i32", "partials": "*fp32", "counters": "*i32", "order": "*i32", "gathered": "*{}"}
+POINTERS |= {"zeros": "*i16", "partials": "*fp32", "counters": "*i32", "order": "*i32", "gathered": "*{}"}
 POINTERS |= {
     "index": "*i64",
     "slots": "*i32",
@@ -45,7 +45,7 @@ def build(
     names = kernel.arg_names
     tile = TILES[kernel.fn.__name__]
     constants: dict[str, object] = dict.fromkeys((name for name in names if name.isupper() and len(name) > 1), False)
-    constants |= {"BITS": bits, "GROUP": group, "SYM": sym, "ZERO_OFFSET": 1, "OVERLAP": capability >= 90}
+    constants |= {"BITS": bits, "GROUP": group, "SYM": sym, "OVERLAP": capability >= 90}
     constants |= {"AFTER_UP": capability >= 90}
     constants |= {
         "PROGRAM": unpack_program(bits, dtype, 2 ** (bits - 1) if sym else None),
@@ -55,8 +55,6 @@ def build(
     constants |= dict(zip([name for name in names if name.isupper()][-len(tile) :], tile, strict=True)) if tile else {}
     constants = {name: value for name, value in (constants | changes).items() if name in names}
     signature = {name: POINTERS.get(name, "i32").format(dtype) for name in names}
-    if "experts" in names or "tile_expert" in names:
-        signature["zeros"] = "*i16"
     if kernel is round_kernel:
         floats = ("values", "target", "unit", "scales", "zeros", "centered", "errors")
         signature |= {**dict.fromkeys(floats, "*fp32"), "groups": "*i64", "columns": "i32"}

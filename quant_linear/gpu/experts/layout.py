@@ -20,11 +20,9 @@ from graftq.quant_linear.gpu.experts.metadata import metadata_of, pack_metadata
 from graftq.quant_linear.gpu.experts.row_map import StackRows
 from graftq.quant_linear.gpu.split_counters import reserve
 from graftq.quant_linear.gpu.tile_words import TILE_N, from_tiles, to_tiles
-from graftq.quant_linear.gpu.tiled_layout import TiledLayout
+from graftq.quant_linear.gpu.tiled_layout import TiledLayout, stored_zeros
 from graftq.quant_linear.layouts import GptqTensors, Packed
-from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.row_order import RowOrder, can_multiply_as_one
-from graftq.quant_linear.spec import QuantSpec
 
 PREFIX = "tiled_"
 """What the names of all packed tensors begin with; an experts module has names of its own."""
@@ -230,7 +228,7 @@ class TiledExpertsLayout:
             rows = run.order.unit_group if run.in_units else slice(None)
             scale = _side_by_side([stored[name].scales for name in run.names])
             scales.append(torch.where(real, scale[:, source], 0)[rows])
-            zero = _side_by_side([_zeros(stored[name], spec) for name, spec in specs.items()])
+            zero = _side_by_side([stored_zeros(stored[name], spec) for name, spec in specs.items()])
             zeros.append(torch.where(real, zero[:, source], 0)[rows])
         packed = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
         packed["scales"] = _side_by_side(scales)
@@ -251,12 +249,6 @@ class TiledExpertsLayout:
             if bias is not None:
                 whole[self.rows.columns(name, expert)[: len(bias)].to(whole.device)] = bias.to(dtype)
         return whole
-
-
-def _zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
-    """Zero points of all stored columns, int16 [groups, padded_out]; 0 for those that the writer padded."""
-    zeros = zero_points(tensors, spec).to(torch.int16)
-    return torch.nn.functional.pad(zeros, (0, spec.padded_out - spec.out_features))
 
 
 def _stacked_orders(orders: Sequence[Sequence[RowOrder]]) -> torch.Tensor | None:

@@ -50,7 +50,10 @@ def slots_per_expert(slots: int, experts: int) -> float:
 def choose_tokens(device: Device, slots: int, experts: int) -> int:
     """Slots in a tile, the same for both products, since they share the routing."""
     mean = slots_per_expert(slots, experts)
-    most_tokens = 128 if device.matrix_units == "mma" else portable_tiles(device).tokens
+    if device.matrix_units == "mma":  # the activations of 128 tokens take 32 KB of shared memory
+        most_tokens = 64 if device.backend == "cuda" and device.shared_memory < 64 * 1024 else 128
+    else:
+        most_tokens = portable_tiles(device).tokens
     for tokens, most in ((16, 10.0), (32, 22.0), (64, 160.0)):
         if mean <= most:
             return min(tokens, most_tokens)
