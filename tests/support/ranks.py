@@ -74,14 +74,13 @@ def refusal(action: Callable[[], Any]) -> str:
     return ""
 
 
-EXPERTS_AND_OUTPUT = {
-    "model.layers.*.self_attn.o_proj": "rowwise_split_input",
-    "model.layers.*.mlp.experts": "moe_tp_experts",
-}
+EXPERTS = {"model.layers.*.mlp.experts": "moe_tp_experts"}
+EXPERTS_AND_OUTPUT = {"model.layers.*.self_attn.o_proj": "rowwise_split_input", **EXPERTS}
 
 DEEDS: dict[str, Callable[[str], Any]] = {
     "compare": compare,
-    "compare by the caller's plan": lambda checkpoint: compare(checkpoint, tp_plan=EXPERTS_AND_OUTPUT),
+    "compare by a plan of experts": lambda checkpoint: compare(checkpoint, tp_plan=EXPERTS),
+    "compare by a plan of experts and output": lambda checkpoint: compare(checkpoint, tp_plan=EXPERTS_AND_OUTPUT),
     "save": lambda checkpoint: refusal(lambda: distributed(checkpoint).save_pretrained(Path(checkpoint, "saved"))),
     "dequantize": lambda checkpoint: refusal(lambda: distributed(checkpoint).dequantize()),
     "load": lambda checkpoint: refusal(lambda: distributed(checkpoint)),

@@ -29,6 +29,10 @@ OWN_PLANS = version("transformers") != "5.16.0"  # which leaves a plan of the ca
 if not OWN_PLANS:
     MODELS = {what: (name, arguments) for what, (name, arguments) in MODELS.items() if name != "gpt_oss"}
 
+PLANS = {
+    "mixtral, a plan of the caller": "compare by a plan of experts",
+    "gpt_oss": "compare by a plan of experts and output",  # its own plan shards none of them
+}
 REFUSALS = {
     "save": "distributed over processes cannot be saved",
     "dequantize": "distributed over processes cannot be dequantized",
@@ -42,7 +46,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tasks = {}
     for name, (model, arguments) in MODELS.items():
         folder = tmp_path_factory.mktemp("ranks")
-        deed = "compare by the caller's plan" if model == "gpt_oss" or "plan" in name else "compare"
+        deed = PLANS.get(model if model == "gpt_oss" else name, "compare")
         tasks[name] = (deed, str(write_pair(folder, tiny(model), **{"recipe": Recipe(), **arguments})))
     tasks |= {deed: (deed, tasks["llama, act-order"][1]) for deed in REFUSALS}
     file = tmp_path_factory.mktemp("tasks") / "tasks.json"
