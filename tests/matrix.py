@@ -116,7 +116,7 @@ def test(row: Row) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         selected = [f"tests/{test}" for tests in COLUMNS.values() for test in tests]
-        options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
         ran = subprocess.run(
             [row.python, "-m", "pytest", *options, *selected], cwd=ROOT, capture_output=True, text=True
         )
@@ -133,7 +133,7 @@ def test(row: Row) -> Row:
 def read(row: Row, report: Path) -> None:
     """Count pytest's outcomes by column; note why a test was skipped, or how it failed."""
     column_of = {f"tests/{test.split('::')[0]}": column for column, tests in COLUMNS.items() for test in tests}
-    reasons: Counter[str] = Counter()
+    told: dict[str, list[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         outcome = "passed"
         for kind, said in (("skipped", "skipped"), ("failure", "failed"), ("error", "failed")):
@@ -141,10 +141,12 @@ def read(row: Row, report: Path) -> None:
             if element is not None:
                 outcome = said
                 message = (element.get("message") or "").strip().partition("\n")[0][:200]
-                reasons[f"{said}: `{case.get('name')}`: {message}"] += 1
+                told.setdefault(f"{said}: {message}", []).append(f"`{case.get('name')}`")
         column = column_of[case.get("file", "")]
         row.outcomes.setdefault(column, Counter())[outcome] += 1
-    row.notes += [reason if number == 1 else f"{reason} ({number} times)" for reason, number in reasons.items()]
+    row.notes += [
+        f"{reason} ({tests[0] if len(tests) == 1 else f'{len(tests)} tests'})" for reason, tests in told.items()
+    ]
 
 
 def cells(row: Row) -> list[str]:
@@ -178,7 +180,7 @@ def render(rows: Sequence[Row]) -> str:
             "",
             *(f"| {' | '.join(line)} |" for line in table),
             "",
-            *(["Not passed:", "", *notes, ""] if notes else []),
+            *(["Failed or skipped:", "", *notes, ""] if notes else []),
             "| column | tests |",
             "| --- | --- |",
             *columns,

@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"),
+    reason="torch 2.6 compiles no model of transformers, float ones neither",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_one_graph_without_an_eager_call(case: str, originals: dict[str, Path]) -> None:
     torch._dynamo.reset()
