@@ -173,8 +173,10 @@ class Finder:
 
     def _run(self, name: str, module: ModuleType) -> None:
         patches = self.patches.get(name, [])
-        self._renew_adapters(name, module)
+        forgotten = self._renew_adapters(name, module)
         failed = [patch for patch in patches if not self._patch(name, module, patch)]
+        for other, half_done in forgotten.items():  # who imports it looks for it at the end
+            sys.modules.setdefault(other, half_done)
         ours_failed = any(_origin(patch).startswith("graftq.") for patch in failed)
         if ours_failed or len(failed) == len(patches):
             self._failed.add(name)
@@ -192,13 +194,16 @@ class Finder:
             if all(other in self._patched for other in self.patches if _root(other) == root):
                 self.announce(root)
 
-    def _renew_adapters(self, name: str, module: ModuleType) -> None:
+    def _renew_adapters(self, name: str, module: ModuleType) -> dict[str, ModuleType]:
         """Forget those of our adapters' modules that patches cannot use, so that they are imported anew.
 
         They refer to the framework's classes, which are others once it was imported anew: none of the modules that
         were patched is there any more. (The top-level module tells nothing: transformers puts another one in its place
         when its processors are imported.) And of those that patch this module, some are half done, if their own import
         is what came to it.
+
+        Returns:
+            Those that are half done, by name: what no patch has imported anew goes back to its place.
         """
         root = _root(name)
         patched = [other for other in self._patched if _root(other) == root]
@@ -208,11 +213,15 @@ class Finder:
             del self._patched[other]
         half_done, own = being_imported(), {_origin(patch) for patch in self.patches.get(name, [])}
         patches = [patch for other, found in self.patches.items() if _root(other) == root for patch in found]
+        forgotten = {}
         for adapter in {_origin(patch) for patch in patches if _origin(patch).startswith("graftq.adapters.")}:
             for other in [other for other in sys.modules if other.startswith(f"{adapter}.")]:
                 if (patched and is_new) or (adapter in own and other in half_done):
-                    del sys.modules[other]
+                    old = sys.modules.pop(other)
+                    if other in half_done:
+                        forgotten[other] = old
                     vars(sys.modules[adapter]).pop(other.removeprefix(f"{adapter}."), None)
+        return forgotten
 
     def _patch(self, name: str, module: ModuleType, patch: Patch) -> bool:
         try:

@@ -25,7 +25,7 @@ from graftq.quant_linear.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
 
-_SIDE_BY_SIDE = {"codes": 0, "high": 0, "scales": 1, "zeros": 1, "bias": 0}
+_SIDE_BY_SIDE = {"codes": 0, "high": 0, "scales": 1, "zeros": 1, "qzeros": 1, "bias": 0}
 """The dimension of outputs in the tensors of ``TiledLayout`` that have one."""
 
 

@@ -83,11 +83,12 @@ class TiledLayout:
         order = self.row_order(packed.get("g_idx"), packed["codes"].device, bool(packed.form))
         qweight = from_tiles(packed, spec.bits, order, spec.packed_rows)[:, : spec.padded_out].contiguous()
         scales = _own(packed["scales"], spec.padded_out)
+        qzeros = _own(packed["qzeros"], spec.packed_zero_columns)
         bias = packed.get("bias")
         if packed.form:
             scales = scales[order.first_units(spec.num_groups)]
         bias = None if bias is None else _own(bias, spec.stored_bias)
-        return GptqTensors(qweight, packed["qzeros"], scales, packed.get("g_idx"), bias)
+        return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), bias)
 
     def needs_units(self, g_idx: torch.Tensor | None) -> bool:
         """Whether scales have to be stored per unit: no kernel knows the group size, or groups are uneven."""

@@ -252,6 +252,20 @@ def test_one_copy_of_each_module_of_an_adapter(module: str) -> None:
     assert evaluate(ONE_COPY.format(module=module)) == ["True {}"]
 
 
+@pytest.mark.parametrize("module", ["quantizer", "saving", "making.model"])
+def test_a_module_of_an_adapter_before_its_framework(module: str) -> None:
+    """Patches run while it is half imported; those that do not need it leave it in its place."""
+    code = f"""
+import importlib, sys
+name = "graftq.adapters.transformers.{module}"
+module = importlib.import_module(name)
+import transformers.modeling_utils, transformers.quantizers.auto
+from graftq.plugin import failures
+print(sys.modules[name] is importlib.import_module(name), failures.recorded)
+"""
+    assert evaluate(code) == ["True {}"]
+
+
 NO_OP = ANOTHER.replace("framework.engine", "transformers.modeling_utils").replace('"framework"', '"transformers"')
 
 
