@@ -134,7 +134,7 @@ def _dequantize_launch(kind: StackKind, signature: str, dtype: torch.dtype) -> L
         dequantize_kernel,
         (tiles, atoms, 1),
         (0, tiles * 64, atoms, kind.scale_rows, tiles * 64, tiles * 64),
-        (bits, group, sym, 0, program),
+        (bits, group, sym, program),
         (("num_warps", 4), ("num_stages", 1)),
     )
 
