@@ -7,7 +7,6 @@ Nothing happens unless the user switches the adapter on, and neither ever raises
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 
 from graftq.plugin import failures, switches
@@ -25,22 +24,16 @@ def register() -> None:
 
 
 def _register() -> None:
+    from graftq.adapters.serving.versions import is_first_process, warn_of_unknown
     from graftq.adapters.sglang import versions
 
     found = versions.installed()
-    first = multiprocessing.parent_process() is None  # workers would only repeat what the user has been told
     if not versions.known(found):
-        if first:
-            logger.warning(
-                "graftq knows SGLang %s, and this is %s: GPTQ checkpoints are left to SGLang. %s=1 silences this.",
-                versions.RANGE,
-                found,
-                switches.DISABLE,
-            )
+        warn_of_unknown("SGLang", versions.RANGE, found)
         return
     from graftq.adapters.sglang import takeover
 
-    if takeover.take_over() and first:
+    if takeover.take_over() and is_first_process():
         logger.info(
             "graftq took over GPTQ loading in sglang %s (--quantization %s); this is experimental, and %s=1 switches "
             "it off",

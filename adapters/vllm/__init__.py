@@ -7,7 +7,6 @@ neither costs more than vLLM's own start-up, and neither ever raises.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 
 from graftq.plugin import failures, switches
 
@@ -24,18 +23,12 @@ def register() -> None:
 
 
 def _register() -> None:
+    from graftq.adapters.serving.versions import is_first_process, warn_of_unknown
     from graftq.adapters.vllm import versions
 
     found = versions.installed()
-    first = multiprocessing.parent_process() is None  # workers would only repeat what the user has been told
     if not versions.known(found):
-        if first:
-            logger.warning(
-                "graftq knows vLLM %s, and this is %s: GPTQ checkpoints are left to vLLM. %s=1 silences this.",
-                versions.RANGE,
-                found,
-                switches.DISABLE,
-            )
+        warn_of_unknown("vLLM", versions.RANGE, found)
         return
     from graftq.adapters.serving.served_config import METHOD
     from graftq.adapters.vllm import stock
@@ -44,7 +37,7 @@ def _register() -> None:
     if METHOD in stock.QUANTIZATION_METHODS:
         return
     stock.register_quantization_config(METHOD)(GraftqConfig)
-    if first:
+    if is_first_process():
         logger.info(
             "graftq took over GPTQ loading in vllm %s (quantization=%r); %s=1 switches it off",
             found,
