@@ -67,7 +67,7 @@ class TiledLayout:
         in_units = self.needs_units(tensors.g_idx)
         order = self.row_order(tensors.g_idx, tensors.qweight.device, in_units)
         columns = self.spec.padded_out
-        source = columns_of(columns, -(-columns // PADDED_N) * PADDED_N, tensors.qweight.device)
+        source = columns_of(columns, padded_rows(columns), tensors.qweight.device)
         packed = to_tiles(tensors.qweight, self.spec.bits, order, source)
         rows = order.unit_group if in_units else slice(None)
         packed["scales"] = tensors.scales[rows]
@@ -122,6 +122,11 @@ def _own(tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 def _is_native(group_size: int) -> bool:
     return group_size in (16, 32, 64) or (group_size > 0 and group_size % ATOM_K == 0)
+
+
+def padded_rows(rows: int) -> int:
+    """``rows`` output rows, padded to a multiple of :data:`PADDED_N`."""
+    return -(-rows // PADDED_N) * PADDED_N
 
 
 def columns_of(padded_out: int, rows: int, device: torch.device) -> torch.Tensor:

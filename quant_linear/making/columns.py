@@ -111,13 +111,12 @@ def round_by_kernel(block: Block, grid: Grid) -> None:
     """What :func:`round_block` does, to the same bits, in one launch of Triton's instead of eight for each column."""
     from graftq.quant_linear.kernels.columns import round_kernel  # not at the top, where triton may be absent
 
-    values, target, unit, groups, scales, errors = (*block[:5], block.errors)
-    batch, columns, outputs = values.shape
-    with current(values.device):
+    batch, columns, outputs = block.values.shape
+    with current(block.values.device):
         round_kernel[(-(-outputs // OUTPUTS), batch)](
             *block,
-            *(columns, outputs, values.stride(0), target.stride(0), errors.stride(0), *unit.stride()),
-            *(groups.stride(0), scales.stride(0), grid.top, OUTPUTS, BLOCK),
+            *(columns, outputs, block.values.stride(0), block.target.stride(0), block.errors.stride(0)),
+            *(*block.unit.stride(), block.groups.stride(0), block.scales.stride(0), grid.top, OUTPUTS, BLOCK),
             enable_fp_fusion=False,  # torch's products are rounded before they are added
         )
 

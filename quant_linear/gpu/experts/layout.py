@@ -220,6 +220,7 @@ class TiledExpertsLayout:
         tiles: list[dict[str, torch.Tensor]] = []
         scales, zeros = [], []
         stack_names = tuple(name for run in runs for name in run.names)
+        is_sym = all(spec.sym for name in stack_names for spec in self.spec.of(name))
         for run in runs:
             specs = {name: self.spec.of(name)[expert] for name in run.names}
             qweight = _side_by_side([stored[name].qweight for name in run.names])
@@ -228,11 +229,12 @@ class TiledExpertsLayout:
             rows = run.order.unit_group if run.in_units else slice(None)
             scale = _side_by_side([stored[name].scales for name in run.names])
             scales.append(torch.where(real, scale[:, source], 0)[rows])
-            zero = _side_by_side([stored_zeros(stored[name], spec) for name, spec in specs.items()])
-            zeros.append(torch.where(real, zero[:, source], 0)[rows])
+            if not is_sym:
+                zero = _side_by_side([stored_zeros(stored[name], spec) for name, spec in specs.items()])
+                zeros.append(torch.where(real, zero[:, source], 0)[rows])
         packed = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
         packed["scales"] = _side_by_side(scales)
-        if not all(spec.sym for name in stack_names for spec in self.spec.of(name)):
+        if not is_sym:
             packed["zeros"] = _side_by_side(zeros)
         if any(spec.has_bias for name in stack_names for spec in self.spec.of(name)):
             packed["bias"] = self._bias(stored, expert, stack_names)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.tiled_layout import PADDED_N, columns_of
+from graftq.quant_linear.gpu.tiled_layout import columns_of, padded_rows
 from graftq.quant_linear.row_order import NO_ROW, RowOrder
 
 HALF_FRAGMENT = 8
@@ -38,7 +38,7 @@ class StackRows:
     @property
     def part_rows(self) -> int:
         """Rows from one projection to the next in the first stack's split form."""
-        return _padded(max(self.spec.of(name)[0].padded_out for name in self.up_names))
+        return padded_rows(max(self.spec.of(name)[0].padded_out for name in self.up_names))
 
     def columns(self, name: str, expert: int) -> torch.Tensor:
         """The column, as counted above, of each stored column of a projection: int64 [padded_out]."""
@@ -67,7 +67,7 @@ class StackRows:
         total = sum(self.spec.of(name)[expert].padded_out for name in self.up_names)
         extra = torch.arange(gates * inner, total, device=device)
         used = gates * down.rows
-        columns = torch.full((_padded(used + len(extra)),), NO_ROW, dtype=torch.int64, device=device)
+        columns = torch.full((padded_rows(used + len(extra)),), NO_ROW, dtype=torch.int64, device=device)
         columns[used : used + len(extra)] = extra
         if not self.spec.is_gated:
             columns[:used] = torch.where(value < inner, value, NO_ROW)
@@ -87,7 +87,7 @@ class StackRows:
     def split_source(self, name: str, expert: int, device: torch.device) -> torch.Tensor:
         """For each row of a projection in the split form, its stored column; -1 for padding."""
         padded_out = self.spec.of(name)[expert].padded_out
-        return columns_of(padded_out, _padded(padded_out) if name == "down_proj" else self.part_rows, device)
+        return columns_of(padded_out, padded_rows(padded_out) if name == "down_proj" else self.part_rows, device)
 
     def holding(self, name: str, expert: int, columns: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """The rows that hold a projection's stored columns: int64 [padded_out].
@@ -106,7 +106,3 @@ class StackRows:
         real = torch.nonzero(own != NO_ROW).flatten()
         row[own[real]] = real
         return row[self.columns(name, expert).to(device)]
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // PADDED_N) * PADDED_N
