@@ -2,30 +2,33 @@
 
     python benchmarks/mixtral_writer.py FOLDER --branch gptq-4bit-128g-actorder_True
     python benchmarks/generate.py FOLDER [--batches 1 4 8 32] [--modes eager static] [--csv FILE] [--plot FILE]
+    torchrun --nproc-per-node 2 benchmarks/generate.py FOLDER    # tensor parallel: a GPU for each process, one prints
 
 Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); graphs (the
 same in CUDA graphs, which it does not use by itself where attention needs a mask); loop (eager, with experts one by
 one, as without a kernel for all of them; comes last, since it rearranges the model).
-A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose) could be read at
-the bandwidth measured in the same run, over the time it took.
+A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose; a process's share
+of them) could be read at the bandwidth measured in the same run, over the time it took.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import statistics
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from harness import synchronize, timed
+from harness import sampled_peak, synchronize, timed
 from tables import results, write_csv
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from graftq.quant_linear.experts import QuantExperts
@@ -49,6 +52,7 @@ class Row:
     """Decoding at one batch size: ``ms`` a step, tokens a second, distinct experts per layer and step."""
 
     mode: str
+    gpus: int
     batch: int
     ms: float
     tokens_per_second: float
@@ -70,6 +74,12 @@ def main() -> None:
     parser.add_argument("--plot", help="write a plot there")
     options = parser.parse_args()
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = io.StringIO()
+        options.csv = options.plot = None
+    torch.manual_seed(0)  # all processes must be given the same prompts
     print(f"{_device_name()}; torch {torch.__version__}, transformers {transformers.__version__}")
     model = _load(options.folder)
     bandwidth = read_bandwidth()
@@ -83,9 +93,13 @@ def main() -> None:
             for experts in _experts(model):
                 experts.separate = True
         for batch in options.batches:
-            rows.append(_decode(model, mode, batch, options.prompt, options.new_tokens, bandwidth))
-            print(_line(rows[-1]), flush=True)
-        if mode not in BATCHED:
+            try:
+                rows.append(_decode(model, mode, batch, options.prompt, options.new_tokens, bandwidth))
+            except (RuntimeError, ValueError) as error:  # of torch.compile, of memory, of what a mode does not do
+                print(f"{_what(mode, batch)}: {type(error).__name__}: {str(error).strip().splitlines()[0]}", flush=True)
+            else:
+                print(_line(rows[-1]), flush=True)
+        if mode not in BATCHED and any(row.mode == mode for row in rows):
             print(_breakdown(model, mode, options.prompt))
     if options.csv:
         write_csv(rows, options.csv)
@@ -94,7 +108,13 @@ def main() -> None:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{_processes()} x {name}" if _processes() > 1 else name
+
+
+def _processes() -> int:
+    """How many share the model, each with a device of its own."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _median(call: Callable[[], object]) -> float:
@@ -115,30 +135,17 @@ def _own_memory() -> int:
         return sum(int(line.split()[1]) * 1024 for line in status if line.startswith(("RssAnon", "RssShmem")))
 
 
-@contextmanager
-def _sampled_peak(interval: float = 0.005) -> Iterator[list[int]]:
-    """A list that will hold by how much the process's own memory grew at most."""
-    before, peak, done = _own_memory(), [0], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], _own_memory() - before)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
 def _load(folder: Path) -> Any:
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     loaded: list[Any] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _sampled_peak() as host:
-        seconds = timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, device_map=device)))
+    place: dict[str, Any] = {"device_map": device}
+    if _processes() > 1:
+        from transformers.distributed import DistributedConfig
+
+        place = {"distributed_config": DistributedConfig(tp_size=_processes(), tp_plan="auto")}
+    with sampled_peak(_own_memory) as host:
+        seconds = timed(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, **place)))
     model = loaded[0]
     held = _bytes(model)
     print(f"loaded {sum(files) / 1e9:.2f} GB in {seconds:.1f} s: {sum(files) / 1e9 / seconds:.2f} GB/s")
@@ -178,9 +185,9 @@ def _decode(model: Any, mode: str, batch: int, length: int, count: int, bandwidt
     step = (whole - first) / (count - 1)
     distinct = _distinct_experts(model, inputs)
     needed = _step_bytes(model, distinct)
-    return Row(
-        mode, batch, step * 1e3, batch / step, distinct, needed / bandwidth / step, first * 1e3, first_call - whole
-    )
+    fraction = needed / bandwidth / step
+    times = (first * 1e3, first_call - whole)
+    return Row(mode, _processes(), batch, step * 1e3, batch / step, distinct, fraction, *times)
 
 
 def _distinct_experts(model: Any, inputs: torch.Tensor, steps: int = 8) -> float:
@@ -203,7 +210,9 @@ def _experts(model: Any) -> list[QuantExperts]:
 
 
 def _bytes(module: Any) -> int:
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+    """What this process holds."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
 def _step_bytes(model: Any, distinct: float) -> float:
@@ -250,9 +259,14 @@ def _category(name: str) -> str:
     return next((kind for kind, parts in CATEGORIES.items() if any(part in lowered for part in parts)), "other")
 
 
+def _what(mode: str, batch: int) -> str:
+    gpus = f", {_processes()} GPUs" if _processes() > 1 else ""
+    return f"{mode}{gpus}, batch {batch}"
+
+
 def _line(row: Row) -> str:
     return (
-        f"{row.mode}, batch {row.batch}: {row.ms:.2f} ms a step, {row.tokens_per_second:.1f} tokens/s, "
+        f"{_what(row.mode, row.batch)}: {row.ms:.2f} ms a step, {row.tokens_per_second:.1f} tokens/s, "
         f"{row.fraction:.2f} of the roof, {row.distinct_experts:.1f} experts a layer; "
         f"first token {row.first_token_ms:.0f} ms, first call {row.compile_seconds:+.1f} s"
     )

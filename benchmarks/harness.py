@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,6 +82,24 @@ def timed(call: Callable[[], object]) -> float:
     call()
     synchronize()
     return time.perf_counter() - started
+
+
+@contextmanager
+def sampled_peak(memory: Callable[[], int], interval: float = 0.002) -> Iterator[list[int]]:
+    """A list that will hold by how much ``memory()`` grew at most, looked at every ``interval`` seconds."""
+    before, peak, done = memory(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], memory() - before)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def report_device() -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -26,26 +25,17 @@ def resident() -> int:
 
 def measure(folder: str, answers: multiprocessing.SimpleQueue) -> None:  # type: ignore[type-arg]
     import torch
+    from harness import sampled_peak
     from transformers import AutoModelForCausalLM
     from transformers.models.mixtral import MixtralForCausalLM
 
     MixtralForCausalLM.__name__  # noqa: B018 - imported here, so that its own memory is not counted as loading
-    before, peak, done = resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
+    with sampled_peak(resident) as peak:
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float16)
     seconds = time.perf_counter() - start
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    done.set()
-    watcher.join()
-    answers.put((seconds, held, peak[0] - before))
+    answers.put((seconds, held, peak[0]))
 
 
 def main() -> None:
