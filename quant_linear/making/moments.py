@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+HAS_OUT_DTYPE = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this version of torch multiplies half-precision matrices to a float32 one, on CUDA devices."""
+
 
 class Moments:
     """Sums over tokens of ``x x^T``, for one layer or for a batch of experts of one shape.
@@ -28,33 +31,50 @@ class Moments:
             index: Which layer of the batch.
 
         Raises:
-            ValueError: if an input is NaN or infinite.
+            ValueError: if drift is kept and ``x_float`` is not given.
         """
-        x = x.to(torch.float32)
-        gram = x.T @ x
-        if not bool(torch.isfinite(gram.diagonal()).all()):
-            raise ValueError("the calibration inputs hold NaN or infinite values, or overflow when squared")
-        if self.drift is not None:
-            if x_float is None:
-                raise ValueError("drift is kept, and needs the float model's inputs")
-            difference = x_float.to(torch.float32) - x
-            self.drift[index] += difference.T @ x
-        self.gram[index] += gram
+        if self.drift is not None and x_float is None:
+            raise ValueError("drift is kept, and needs the float model's inputs")
         self.tokens[index] += len(x)
+        if _has_half_products(x):
+            gram = torch.mm(x.T, x, out_dtype=torch.float32)
+            if self.drift is not None and x_float is not None:
+                self.drift[index] += torch.mm(x_float.to(x.dtype).T, x, out_dtype=torch.float32).sub_(gram)
+            self.gram[index] += gram
+            return
+        x = x.to(torch.float32)
+        self.gram[index] += x.T @ x
+        if self.drift is not None and x_float is not None:
+            self.drift[index] += (x_float.to(torch.float32) - x).T @ x
+
+    def check(self) -> None:
+        """Make sure that all inputs were numbers: once for all rows, as a GPU is waited for here.
+
+        Raises:
+            ValueError: if an input was NaN or infinite.
+        """
+        if not bool(torch.isfinite(self.gram.diagonal(dim1=1, dim2=2)).all()):
+            raise ValueError("the calibration inputs hold NaN or infinite values, or overflow when squared")
 
     def shrunk(self, pseudo_tokens: float) -> Moments:
         """Means instead of sums, each mixed with the average of all as if that had ``pseudo_tokens`` tokens.
 
-        Experts that saw few tokens then lean on what all saw, and those that saw none take it whole.
+        Experts that saw few tokens then lean on what all saw, and those that saw none take it whole. The sums are
+        overwritten: those of wide experts would not fit twice.
         """
         mixed = Moments(0, 0)
         total = max(int(self.tokens.sum()), 1)
         count = self.tokens.to(self.gram.device, torch.float32)[:, None, None]
 
         def mix(sums: torch.Tensor) -> torch.Tensor:
-            return (sums + sums.sum(0) * (pseudo_tokens / total)) / (count + pseudo_tokens)
+            return sums.add_(sums.sum(0) * (pseudo_tokens / total)).div_(count + pseudo_tokens)
 
         mixed.gram = mix(self.gram)
         mixed.drift = None if self.drift is None else mix(self.drift)
         mixed.tokens = self.tokens
         return mixed
+
+
+def _has_half_products(x: torch.Tensor) -> bool:
+    """Whether ``x`` is multiplied as it is, summing in float32: its products are exact so, and many times as fast."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and HAS_OUT_DTYPE

@@ -122,6 +122,7 @@ def solve(weight: torch.Tensor, moments: Moments, method: Method) -> Solution:
     weight = weight.to(torch.float32)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinite values")
+    moments.check()
     batch, _, width = weight.shape
     hessian, divisor = normalized(moments.gram)
     by_curvature = hessian.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)

@@ -189,9 +189,9 @@ def test_experts_with_few_or_no_tokens_lean_on_all():
     moments = Moments(3, 64)
     moments.add(inputs(500, 64), index=0)
     moments.add(inputs(3, 64, 1), index=1)
+    pooled = moments.gram.sum(0)
     shrunk = moments.shrunk(16)
     everyone = shrunk.gram[2] / shrunk.gram[2].diagonal().mean()
-    pooled = moments.gram.sum(0)
     torch.testing.assert_close(everyone, pooled / pooled.diagonal().mean())
     solution = solve(weights(3, 32, 64), shrunk, Method(4, 32))
     assert (solution.error < solution.nearest).all()
@@ -235,9 +235,11 @@ def test_no_rows_change_nothing():
 
 
 def test_what_is_not_a_number_is_refused():
-    with pytest.raises(ValueError, match="inputs hold NaN"):
-        Moments(1, 4).add(torch.tensor([[0.0, 1.0, torch.nan, 2.0]]))
     weight = weights(1, 32, 64)
+    moments = moments_of(1, 64)
+    moments.add(torch.full((1, 64), torch.nan))
+    with pytest.raises(ValueError, match="inputs hold NaN"):
+        solve(weight, moments, Method(4, 32))
     weight[0, 3, 3] = torch.inf
     with pytest.raises(ValueError, match="weight holds NaN"):
         solve(weight, moments_of(1, 64), Method(4, 32))

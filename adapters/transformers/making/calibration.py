@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-BATCH_TOKENS = 4096
-"""Tokens that run through a block at once, where rows are of one length."""
+BATCH_TOKENS = {"cpu": 4096}
+"""Tokens that run through a block at once, where rows are of one length, by type of device."""
+
+MANY_TOKENS = 16384
+"""Likewise on devices that are not named: each of many experts gets enough to keep a GPU busy."""
 
 
 def token_rows(data: Any, tokenizer: Any = None, longest: int = 2048, limit: int | None = None) -> list[torch.Tensor]:
@@ -48,21 +51,23 @@ def token_rows(data: Any, tokenizer: Any = None, longest: int = 2048, limit: int
     return rows
 
 
-def batches(rows: Iterable[torch.Tensor], least: int = 1) -> Iterator[torch.Tensor]:
-    """Rows of equal length side by side, int64 [rows, tokens]: there is never padding.
+def batches(rows: Iterable[torch.Tensor], least: int = 1, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+    """Rows of equal length side by side, int64 [rows, tokens] on ``device``: there is never padding.
 
     Args:
         rows: From :func:`token_rows`.
         least: As many rows in a batch, where so many have one length.
+        device: Where they will run.
     """
+    most = BATCH_TOKENS.get(torch.device(device).type, MANY_TOKENS)
     by_length: dict[int, list[torch.Tensor]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)
     for length in sorted(by_length):
         same = by_length[length]
-        step = max(least, BATCH_TOKENS // length, 1)
+        step = max(least, most // length, 1)
         for first in range(0, len(same), step):
-            yield torch.stack(same[first : first + step])
+            yield torch.stack(same[first : first + step]).to(device)
 
 
 def fingerprint(rows: Iterable[torch.Tensor]) -> str:

@@ -177,16 +177,11 @@ def _solve_unit(unit: Unit, block: nn.Module, name: str, options: Options, resul
         for piece in pieces:
             if chosen.start <= piece.index < chosen.stop:
                 result.made.append(_packed(solution, piece, piece.index - chosen.start, name))
-        for place, index in enumerate(range(chosen.start, chosen.stop)):
-            result.rows.append(
-                Row(
-                    layer=f"{name}.{unit.name}".lstrip(".") + (f".{index}" if len(weight) > 1 else ""),
-                    tokens=int(moments.tokens[index]),
-                    error=float(solution.error[place] / solution.nearest[place].clamp(min=1e-30)),
-                    damp=float(solution.damp[place]),
-                    clipped=float(solution.clipped[place]),
-                )
-            )
+        errors = (solution.error / solution.nearest.clamp(min=1e-30)).tolist()
+        notes = zip(errors, solution.damp.tolist(), solution.clipped.tolist(), strict=True)
+        for index, (error, damp, clipped) in enumerate(notes, chosen.start):
+            layer = f"{name}.{unit.name}".lstrip(".") + (f".{index}" if len(weight) > 1 else "")
+            result.rows.append(Row(layer, int(moments.tokens[index]), error, damp, clipped))
     unit.put(block, new)
 
 

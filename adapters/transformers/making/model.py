@@ -65,7 +65,7 @@ def quantize_model(model: Any, rows: list[torch.Tensor], options: Options, step:
     if options.modules is not None:
         check_modules(blocks, options.modules)
     device = next(blocks[0].parameters()).device
-    data = [batch.to(device) for batch in batches(rows, options.batch_size)]
+    data = list(batches(rows, options.batch_size, device))
     check_chain(model, name, blocks, data[0][:1])
     recorded = [record_calls(model, blocks, batch) for batch in data]
     hidden = [first for first, _ in recorded]

@@ -75,7 +75,7 @@ def quantize_checkpoint(
     store = Store(out, identity, resume)
     check_space(out, given, rows, options)
     given.load_rest()
-    data = [batch.to(device) for batch in batches(rows, options.batch_size)]
+    data = list(batches(rows, options.batch_size, device))
     recorded = [record_calls(given.model, given.blocks, batch) for batch in data]
     hidden = [first for first, _ in recorded]
     streams = Streams([], hidden, list(hidden) if options.method.drift else None)

@@ -152,8 +152,7 @@ class Experts:
         if self.moments is None:
             batch, _, width = weight.shape
             self.moments = Moments(batch, width, hidden.device, with_drift=float_experts is not None)
-        for expert in range(len(weight)):
-            tokens = (index == expert).any(-1).nonzero()[:, 0]
+        for expert, tokens in enumerate(_by_expert(index, len(weight))):
             if not len(tokens):
                 continue
             x = hidden[tokens]
@@ -201,6 +200,12 @@ def stacked(experts: Any, is_down: bool) -> torch.Tensor:
     up = experts.gate_up_proj if hasattr(experts, "gate_up_proj") else experts.up_proj
     weight = experts.down_proj if is_down else up
     return weight.transpose(1, 2) if experts.is_transposed else weight
+
+
+def _by_expert(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, ...]:
+    """Which tokens each expert gets, ascending, of a routing [tokens, top_k]; a GPU is waited for twice."""
+    chosen = (torch.arange(experts, device=index.device)[:, None, None] == index.T).any(1)  # [experts, tokens]
+    return chosen.nonzero()[:, 1].split(chosen.sum(1).tolist())
 
 
 def _inner(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
