@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from graftq.quant_linear.gpu.availability import can_compile
+from graftq.quant_linear.gpu.devices import current
+
 SMALLEST = 2.0**-14
 """The least magnitude of a scale: below, float16 loses bits."""
 
@@ -15,6 +18,12 @@ LARGEST = 65504.0
 
 STEPS = 48
 """Scales tried per group and sign."""
+
+OUTPUTS = 32
+"""Outputs of one program of the kernel."""
+
+COLUMNS = 128
+"""Columns that it holds at once."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,12 @@ class Grid:
             Scales (float16 values in float32, of either sign if the grid is symmetric) and zeros, [batch, N]. The
             weighted error is never above that of :meth:`plain`.
         """
+        if can_compile(weight.device):
+            return self.search_by_kernel(weight, importance)
+        return self.search_by_torch(weight, importance)
+
+    def search_by_torch(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`search`, one candidate at a time."""
         best_scale, best_zero = self.plain(weight)
 
         def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -83,12 +98,38 @@ class Grid:
             best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
 
-    def _candidates(self, weight: torch.Tensor, plain: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def search_by_kernel(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`search` with the same candidates, in one launch of Triton's; errors are summed in another order."""
+        from graftq.quant_linear.kernels.scales import search_kernel  # not at the top, where triton may be absent
+
+        batch, columns, outputs = weight.shape
+        scales, zeros = self.plain(weight)
+        low = weight.amin(1).clamp(max=0)
+        factors = torch.tensor(self._factors(), dtype=torch.float32, device=weight.device)
+        with current(weight.device):
+            search_kernel[(batch, -(-outputs // OUTPUTS))](
+                *(weight, importance, low, factors, scales, zeros),
+                *(columns, outputs, weight.stride(0), importance.stride(0)),
+                *(SMALLEST, LARGEST, STEPS, self.sym, self.middle, self._roundings, self.top, OUTPUTS),
+                min(COLUMNS, 1 << (columns - 1).bit_length()),
+                enable_fp_fusion=False,  # torch's products are rounded before they are added
+            )
+        return scales, zeros
+
+    def _factors(self) -> list[float]:
+        """Of the scale that covers a group's range, those that are tried."""
         widest = 1.2 if self.sym else 1.0
+        return [widest - (widest - 0.25) * step / (STEPS - 1) for step in range(STEPS)]
+
+    @property
+    def _roundings(self) -> int:
+        """Candidates of each factor; of an asymmetric grid of few levels it matters which of them is zero."""
+        return 2 if self.sym else 3 if self.bits <= 3 else 1
+
+    def _candidates(self, weight: torch.Tensor, plain: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         low = weight.amin(1).clamp(max=0)
         middle = torch.full_like(plain, self.middle)
-        for step in range(STEPS):
-            factor = widest - (widest - 0.25) * step / (STEPS - 1)
+        for factor in self._factors():
             scale = _storable(plain * factor)
             if self.sym:
                 yield scale, middle
@@ -96,7 +137,7 @@ class Grid:
                 continue
             exact = low * (-factor) / scale
             yield scale, exact.round().clamp_(1, self.top)
-            if self.bits <= 3:  # few levels: which of them is zero matters
+            if self._roundings > 1:
                 yield scale, exact.floor().clamp_(1, self.top)
                 yield scale, exact.ceil().clamp_(1, self.top)
 

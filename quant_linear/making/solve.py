@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graftq.quant_linear.gpu.availability import can_compile
 from graftq.quant_linear.making.columns import Find, round_columns
 from graftq.quant_linear.making.factor import Factor, factorize, normalized
 from graftq.quant_linear.making.grid import Grid, storable
@@ -182,7 +183,7 @@ class _Search:
             scales, zeros = torch.empty_like(self.scales), torch.empty_like(self.zeros)
             self._keep(self._loop(scales, zeros, self._find), scales, zeros)
         else:
-            scales, zeros = self._scales(self._find) if self.method.search else plain
+            scales, zeros = self._found() if self.method.search else plain
             self._keep(self._loop(scales, zeros), scales, zeros)
         self._keep(self._nearest(scales, zeros), scales, zeros)
         if bool(
@@ -207,6 +208,14 @@ class _Search:
             return self.grid.plain(weight)
         first = group * self.group_size
         return self.grid.search(weight, self.importance[:, first : first + self.group_size])
+
+    def _found(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros of all groups: at once on a GPU, one after the other where caches matter."""
+        if not can_compile(self.target.device) or self.groups * self.group_size != self.target.shape[1]:
+            return self._scales(self._find)
+        weight = self.target.reshape(-1, self.group_size, self.target.shape[2])
+        scales, zeros = self.grid.search(weight, self.importance.reshape(-1, self.group_size))
+        return scales.view(self.scales.shape), zeros.view(self.zeros.shape)
 
     def _scales(self, find: Find) -> tuple[torch.Tensor, torch.Tensor]:
         found = [

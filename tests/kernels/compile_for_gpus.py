@@ -15,6 +15,7 @@ from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
 from graftq.quant_linear.kernels.pack import pack_kernel
+from graftq.quant_linear.kernels.scales import search_kernel
 from graftq.quant_linear.kernels.unpack import unpack_program
 
 POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i16", "high": "*i16", "scales": "*fp16"}
@@ -35,7 +36,7 @@ TILES |= {
     "down_vector_kernel": (64, 2, 3, 8),
     "experts_matrix_kernel": (64, 16, 1, 2, 1),
 }
-TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": (), "round_kernel": ()}
+TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": (), "round_kernel": (), "search_kernel": ()}
 GATED = {"ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True}
 
 
@@ -58,6 +59,9 @@ def build(
     if kernel is round_kernel:
         floats = ("values", "target", "unit", "scales", "zeros", "centered", "errors")
         signature |= {**dict.fromkeys(floats, "*fp32"), "groups": "*i64", "columns": "i32"}
+    if kernel is search_kernel:
+        floats = ("weight", "importance", "low", "factors", "scales", "zeros")
+        signature |= {**dict.fromkeys(floats, "*fp32"), "columns": "i32"}
     signature = {name: kind for name, kind in signature.items() if name in names} | dict.fromkeys(
         constants, "constexpr"
     )
@@ -86,6 +90,9 @@ def main() -> None:
     for activation in ("silu", ""):
         build(experts_matrix_kernel, 80, "fp16", 4, 128, False, ACTIVATION=activation)
     build(round_kernel, 80, "fp32", 4, 128, True, TOP=15, OUTPUTS=32, BLOCK=128)
+    for sym in (True, False):
+        candidates = {"SYM": sym, "ROUNDINGS": 2 if sym else 3, "STEPS": 48, "SMALLEST": 2.0**-14, "LARGEST": 65504.0}
+        build(search_kernel, 90, "fp32", 3, 128, sym, **candidates, MIDDLE=4, TOP=7, OUTPUTS=32, BLOCK=128)
     for capability, route in ((90, True), (80, False)):
         build(prepare_kernel, capability, "fp16", 4, 128, True, ROUTE=route, BLOCK_M=64, CHUNK=1024, BLOCK=256)
         build(weighted_sum_kernel, capability, "bf16", 4, 128, True, HAS_BIAS=route, BLOCK=1024, SPLIT_K=2, TOP_K=16)
