@@ -22,7 +22,7 @@ from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.gpu import dequantized_weights, devices
 from graftq.quant_linear.gpu.experts import ops
-from graftq.quant_linear.gpu.experts.launches import StackKind
+from graftq.quant_linear.gpu.experts.stacks import StackKind
 from graftq.quant_linear.gpu.linear_launches import LinearKey, LinearLaunches
 from graftq.quant_linear.gpu.tile_heuristics import FUSED_TOKENS, Tile, shared_bytes
 from graftq.quant_linear.kernels import launch
@@ -194,7 +194,7 @@ def _dense(bits: int, group: int, dtype: torch.dtype, sym: bool, tokens: int) ->
     key = LinearKey(spec.signature, shape, (k, 1), dtype, device, k // 128, spec.num_groups, *strides,
                     torch.float16, None, False)  # fmt: skip
     product = LinearLaunches(key)._product
-    if not hasattr(product, "_launch"):
+    if not hasattr(product, "_launches"):
         dequantized_weights._launch.__wrapped__(
             spec.signature, 0, 4, k // 128, spec.num_groups, strides, torch.float16, dtype, device
         )

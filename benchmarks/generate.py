@@ -43,6 +43,7 @@ CATEGORIES = {
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matmul": ("gemm", "gemv", "cutlass", "cublas", "splitk"),
     "copies": ("memcpy", "memset", "copy"),
+    "between GPUs": ("nccl",),
 }
 """What a kernel's name contains, by what the kernel belongs to; all others are norms, rotary, router and the like."""
 

@@ -20,7 +20,7 @@ from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.kernels.gather import gather_kernel
 from graftq.quant_linear.kernels.gemm import matrix_kernel
 from graftq.quant_linear.kernels.gemv import vector_kernel
-from graftq.quant_linear.kernels.launch import Launch
+from graftq.quant_linear.kernels.launch import Launch, LaunchSequence, Part
 from graftq.quant_linear.spec import QuantSpec
 
 
@@ -107,19 +107,15 @@ class LinearLaunches:
         self._is_scattered = stride is None
         if stride is None:
             stride = k
-        self._gather: Launch | None = None
+        gather: _Gather | None = None
         if key.is_ordered:
-            block = 256 if m <= 64 else 1024
-            # Tokens first: a grid's first dimension is the only one that may exceed 65535.
-            grid = (m, -(-places // block), 1)
-            self._gather = Launch(gather_kernel, grid, (k, places, stride), (block, overlap), (("num_warps", 4),))
-            self._gathered_shape = (m, places)
+            gather = _Gather(m, k, places, stride, overlap, key.dtype)
             k = stride = places
         self._product: _FusedProduct | _DequantizedProduct
         if tile is None:
-            self._product = _DequantizedProduct(spec, k)
+            self._product = _DequantizedProduct(spec, k, gather)
         else:
-            self._product = _FusedProduct(key, spec, group, tile, (m, k, stride), overlap)
+            self._product = _FusedProduct(key, spec, group, tile, (m, k, stride), gather)
 
     def run(self, x: Tensor, weights: TiledWeights) -> Tensor:
         """[..., N], contiguous, for tensors that have the key."""
@@ -128,13 +124,35 @@ class LinearLaunches:
             return out
         if self._is_scattered:
             x = x.contiguous()
-        if self._gather is not None:
-            gathered = x.new_empty(self._gathered_shape)
-            assert weights.order is not None
-            self._gather(x, weights.order, gathered)
-            x = gathered
         self._product.run(x, weights, out)
         return out
+
+
+class _Gather(NamedTuple):
+    """Activations ``m`` x ``k``, rows ``stride`` elements apart, in the order of act-order's ``places``."""
+
+    m: int
+    k: int
+    places: int
+    stride: int
+    overlap: bool
+    dtype: torch.dtype
+
+    @property
+    def gathered(self) -> Part:
+        """The result, [m, places]."""
+        return Part(self.m * self.places, self.dtype)
+
+    def launch(self) -> Launch:
+        """Of ``gather_kernel``, on activations, order and result."""
+        block = 256 if self.m <= 64 else 1024
+        # Tokens first: a grid's first dimension is the only one that may exceed 65535.
+        grid = (self.m, -(-self.places // block), 1)
+        integers = (self.k, self.places, self.stride)
+        return Launch(gather_kernel, grid, integers, (block, self.overlap), (("num_warps", 4),))
+
+
+_TENSORS = ("x", "codes", "high", "scales", "zeros", "order", "bias", "out", "arrivals")
 
 
 class _FusedProduct:
@@ -146,16 +164,23 @@ class _FusedProduct:
         group: Input rows per row of ``scales``, 0 for one group.
         tile: One of the vector kernel's if it has a single token.
         rows: Tokens, width and row stride of the activations that the kernel reads (those gathered, if any).
-        overlap: Whether the kernel may start before the gathering ends.
+        gather: What comes before it, if any; the kernel may start before that ends if it says so.
     """
 
     def __init__(
-        self, key: LinearKey, spec: QuantSpec, group: int, tile: Tile, rows: tuple[int, int, int], overlap: bool
+        self,
+        key: LinearKey,
+        spec: QuantSpec,
+        group: int,
+        tile: Tile,
+        rows: tuple[int, int, int],
+        gather: _Gather | None,
     ):
         (m, k, stride), n, atoms = rows, spec.out_features, key.atoms
+        overlap = gather is not None and gather.overlap
         self._device = key.device
         self._tiles = -(-n // tile.rows) * (1 if tile.tokens == 1 else -(-m // tile.tokens))
-        self._partials = tile.splits * m * n if tile.splits > 1 else 0
+        self._is_split = tile.splits > 1
         program = program_for(key.device, spec.bits, key.dtype, spec.sym)
         weights = (spec.bits, group, spec.sym, program, key.bias_dtype is not None)
         strides = (key.scale_stride, key.zero_stride)
@@ -164,43 +189,53 @@ class _FusedProduct:
         constants: tuple[object, ...]
         if tile.tokens == 1:
             constants = (*weights, mask_k, overlap, tile.rows, tile.unroll, tile.splits)
-            self._launch = Launch(vector_kernel, grid, (n, k, atoms, *strides), constants, options)
+            launch = Launch(vector_kernel, grid, (n, k, atoms, *strides), constants, options)
         else:
             masks = (m % tile.tokens > 0, mask_k)
             shape = (tile.rows, tile.tokens, tile.unroll, tile.splits)
             constants = (*weights, *masks, tile.scale_weights, m > tile.tokens, overlap, *shape)
             integers = (m, n, k, atoms, key.scale_rows, stride, *strides)
-            self._launch = Launch(matrix_kernel, grid, integers, constants, options)
+            launch = Launch(matrix_kernel, grid, integers, constants, options)
+        parts, steps = {}, []
+        if gather is not None:
+            parts["gathered"] = gather.gathered
+            steps.append((gather.launch(), ("x", "order", "gathered")))
+        if self._is_split:
+            parts["partials"] = Part(tile.splits * m * n, torch.float32)
+        # Any tensor for those that are absent: the kernel does not touch them.
+        operands = (
+            "x" if gather is None else "gathered",
+            "codes",
+            "high" if spec.bits == 3 else "codes",
+            "scales",
+            "codes" if spec.sym else "zeros",
+            "scales" if key.bias_dtype is None else "bias",
+            "out",
+            *(("partials", "arrivals") if self._is_split else ("codes", "codes")),
+        )
+        self._launches = LaunchSequence(_TENSORS, parts, [*steps, (launch, operands)])
 
     def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
-        codes, high, scales, zeros, _, bias = weights
-        partials = arrivals = codes  # any tensor: without splits the kernel touches neither
-        if self._partials:
-            partials = torch.empty(self._partials, dtype=torch.float32, device=self._device)
-            arrivals = counters(self._device, self._tiles)
-        # Any tensor, too, for those that are absent: the kernel does not read them.
-        self._launch(
-            x,
-            codes,
-            codes if high is None else high,
-            scales,
-            codes if zeros is None else zeros,
-            scales if bias is None else bias,
-            out,
-            partials,
-            arrivals,
-        )
+        arrivals = counters(self._device, self._tiles) if self._is_split else None
+        self._launches(x, *weights, out, arrivals)
 
 
 class _DequantizedProduct:
     """Dequantizes the weights, and leaves the product to cuBLAS: for very many tokens."""
 
-    def __init__(self, spec: QuantSpec, k: int):
+    def __init__(self, spec: QuantSpec, k: int, gather: _Gather | None):
         self._spec = spec
         self._k = k
+        self._gather = None if gather is None else gather.launch()
 
     def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
-        x, out = x.reshape(-1, self._k), out.view(-1, out.shape[-1])
+        out = out.view(-1, out.shape[-1])
+        if self._gather is not None:
+            assert weights.order is not None
+            gathered = x.new_empty(len(out), self._k)
+            self._gather(x, weights.order, gathered)
+            x = gathered
+        x = x.reshape(-1, self._k)
         for first, run in dequantized_runs(weights, self._spec, x.dtype):
             last = first + len(run)
             transposed = run[:, : self._k].T

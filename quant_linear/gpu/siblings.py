@@ -127,7 +127,7 @@ class SiblingProduct:
             return layer.multiply(x, layer.spec)
         waiting = self._waiting
         if place == 0 and waiting is None:
-            outputs = layer.multiply(x, self._spec).split(self._widths, -1)
+            outputs = torch.split_with_sizes(layer.multiply(x, self._spec), self._widths, -1)
             self._waiting = (x, _version(x), outputs, None if self._is_proven else _bits(x).clone())
             return outputs[0]
         if place > 0 and waiting is not None:

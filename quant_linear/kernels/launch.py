@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import copy
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -92,20 +94,20 @@ class Launch:
         any_bits = 0
         for address in addresses:
             any_bits |= address
-        compiled = self._compiled
-        if compiled is None or any_bits & 15:
-            ahead = _ahead.get()
-            if ahead is not None:
-                self._compile(tensors, ahead)
-                return
-            found = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
-            device = tensors[0].device
-            if found is not None and device.type == "cuda" and not any_bits & 15:  # the interpreter compiles nothing
-                self._device = device.index
-                self._head = (found.function, found.packed_metadata, None, None, None)
-                self._compiled = found.run
+        if self._compiled is not None and not any_bits & 15:
+            stream = driver.active.get_current_stream(self._device)
+            self._compiled(*self._grid, stream, *self._head, *addresses, *self._arguments)
             return
-        compiled(*self._grid, driver.active.get_current_stream(self._device), *self._head, *addresses, *self._arguments)
+        ahead = _ahead.get()
+        if ahead is not None:
+            self._compile(tensors, ahead)
+            return
+        found = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+        device = tensors[0].device
+        if found is not None and device.type == "cuda" and not any_bits & 15:  # the interpreter compiles nothing
+            self._device = device.index
+            head = (found.function, found.packed_metadata, None, None, None)
+            self._compiled, self._head = _without_wrapper(found.run, head)
 
     def variant(self, tensors: tuple[torch.Tensor, ...]) -> Hashable:
         """All that Triton compiles a kernel for, if the tensors are aligned."""
@@ -118,3 +120,107 @@ class Launch:
         if variant not in kernels:
             dtypes = [tensor.dtype for tensor in tensors]
             kernels[variant] = self._kernel.warmup(*dtypes, *self._arguments, grid=self._grid, **self._options)
+
+
+class Part(NamedTuple):
+    """Elements of a workspace, contiguous and aligned."""
+
+    elements: int
+    dtype: torch.dtype
+
+
+Step = tuple[Launch, tuple[str, ...]]
+"""A launch and the names of its operands."""
+
+
+class LaunchSequence:
+    """Launches one after the other, on a call's tensors and on parts of a workspace that the call allocates.
+
+    An allocation costs the host as much as a launch, so there is one for all parts; and each tensor's address is asked
+    for once, however many launches take it.
+
+    Args:
+        tensors: Names of a call's tensors, in its order.
+        parts: The workspace's parts, by name.
+        steps: The launches, in order.
+    """
+
+    __slots__ = ("_bytes", "_compiled", "_device", "_parts", "_steps")
+
+    def __init__(self, tensors: Sequence[str], parts: Mapping[str, Part], steps: Sequence[Step]):
+        places = {name: place for place, name in enumerate((*tensors, *parts))}
+        self._steps = [(launch, itemgetter(*(places[name] for name in operands))) for launch, operands in steps]
+        self._parts: list[tuple[int, int, torch.dtype]] = []
+        self._bytes = 0
+        for elements, dtype in parts.values():
+            end = self._bytes + elements * dtype.itemsize
+            self._parts.append((self._bytes, end, dtype))
+            self._bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
+        self._compiled: list[tuple[Any, ...]] = []
+        self._device = 0
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Run with ``tensors``, all on one device; None for those that no launch takes.
+
+        Every call must have the same device and dtypes.
+        """
+        first = tensors[0]
+        assert first is not None
+        space = first.new_empty(self._bytes, dtype=torch.uint8) if self._bytes else None
+        if self._compiled:
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            any_bits = 0
+            for address in addresses:
+                any_bits |= address
+            if not any_bits & 15:
+                if space is not None:
+                    base = space.data_ptr()
+                    addresses += [base + start for start, _, _ in self._parts]
+                stream = driver.active.get_current_stream(self._device)
+                for run, grid, head, operands, arguments in self._compiled:
+                    run(*grid, stream, *head, *operands(addresses), *arguments)
+                return
+        parts = [] if space is None else [space[start:end].view(dtype) for start, end, dtype in self._parts]
+        operands_of: list[Any] = [*tensors, *parts]
+        for launch, operands in self._steps:
+            launch(*operands(operands_of))
+        if all(launch._compiled is not None for launch, _ in self._steps):
+            self._device = self._steps[0][0]._device
+            self._compiled = [
+                (launch._compiled, launch._grid, launch._head, operands, launch._arguments)
+                for launch, operands in self._steps
+            ]
+
+
+def _without_wrapper(launcher: Any, head: tuple[object, ...]) -> tuple[Any, tuple[object, ...]]:
+    """Triton's compiled launcher, and all that it takes between the stream and the kernel's own arguments.
+
+    Triton wraps it in Python, which adds constants and, for kernels that want it, memory that it allocates. The wrapper
+    costs as much as the launch, so it is asked once, with a launcher in place that only notes what it gets.
+
+    Args:
+        launcher: What Triton's kernels have as ``run``.
+        head: What the wrapper takes between the stream and the kernel's own arguments.
+
+    Returns:
+        The arguments, unless the wrapper does more than to add constants.
+    """
+    taken: list[object] = []
+    grid_and_stream, last = (object(), object(), object(), object()), object()
+    try:
+        probe = copy.copy(launcher)
+        direct, probe.launch = launcher.launch, lambda *arguments: taken.extend(arguments)
+        probe(*grid_and_stream, *head, last)
+    except Exception:  # another Triton's, or it needs a real grid for the size of its memory
+        return launcher, head
+    *before, end = taken or [None]
+    is_plain = tuple(before[:4]) == grid_and_stream and end is last
+    added = tuple(before[4:])
+    known = (None, False, True, *head)
+    if not is_plain or not all(any(value is each for each in known) for value in added):
+        return launcher, head
+    return direct, added
+
+
+_ALIGNMENT = 256
+"""Bytes; kernels are compiled for 16, and a line of a GPU's cache has 128."""

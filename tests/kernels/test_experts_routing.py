@@ -10,14 +10,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 
 def route(index: torch.Tensor, experts: int, tokens: int) -> list[tuple[int, list[int]]]:
     """Expert and slots of each tile that has any."""
-    from graftq.quant_linear.gpu.experts.launches import InputRows, Preparation, Stack, StackKind
+    from graftq.quant_linear.gpu.experts.launches import InputRows, Preparation
+    from graftq.quant_linear.gpu.experts.stacks import Stack, StackKind
+    from graftq.quant_linear.kernels.launch import LaunchSequence
 
     codes = torch.empty(experts, 2, 1, 0, dtype=torch.int16, device=index.device)
     x = torch.empty(len(index), 16, dtype=torch.float16, device=index.device)
     kind = StackKind.of(Stack(codes, None, codes, None, None, None, None))
-    prepared = Preparation(InputRows(len(index), 1, 16, 16), kind, False, tokens)(x, index, None)
-    experts_of = prepared.tile_expert.tolist()
-    tiles = prepared.slots[: len(experts_of) * tokens].view(-1, tokens).tolist()
+    prepare = Preparation(InputRows(len(index), 1, 16, 16), kind, "", x.dtype, False, tokens)
+    sizes = {name: part.elements for name, part in prepare.parts.items()}
+    out = {name: torch.empty(size, dtype=torch.int32, device=index.device) for name, size in sizes.items()}
+    LaunchSequence(("x", "index", *out), {}, prepare.steps)(x, index, *out.values())
+    experts_of, tiles = out["tile_expert"].tolist(), out["slots"].view(-1, tokens).tolist()
     found = []
     for expert, slots in zip(experts_of, tiles, strict=True):
         if expert >= 0:

@@ -15,7 +15,7 @@ from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.experts_spec import ExpertsForm
 from graftq.quant_linear.gpu import linear_launches
 from graftq.quant_linear.gpu.experts import launches, ops
-from graftq.quant_linear.gpu.experts.launches import StackKind
+from graftq.quant_linear.gpu.experts.stacks import StackKind
 from graftq.quant_linear.gpu.tile_heuristics import Device
 from graftq.quant_linear.gpu.warmup import compile_kernels, token_counts
 from graftq.quant_linear.kernels.launch import Launch, compiling_ahead

@@ -18,14 +18,13 @@ from graftq.quant_linear.gpu.experts.launches import (
     InputRows,
     MatrixProduct,
     Preparation,
-    Stack,
-    StackKind,
     matrix_tile,
 )
 from graftq.quant_linear.gpu.experts.ops import rows_of, stack_schema
+from graftq.quant_linear.gpu.experts.stacks import Stack, StackKind
 from graftq.quant_linear.gpu.experts.tile_heuristics import choose_tokens
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
-from graftq.quant_linear.kernels.launch import Launch
+from graftq.quant_linear.kernels.launch import Launch, LaunchSequence
 from graftq.quant_linear.spec import QuantSpec
 
 _ARGUMENTS = f"Tensor x, Tensor index, {stack_schema('')}, str signature, int share, int part_rows, int rows"
@@ -61,8 +60,8 @@ def _tiled_experts_product(
         return out
     x = rows_of(x)
     inputs = InputRows(len(index), share, x.shape[1], x.stride(0))
-    prepare, multiply = _launches(inputs, StackKind.of(stack), signature, x.dtype, index.dtype, part_rows, rows)
-    multiply(prepare(x, index, order), stack, out)
+    launches = _launches(inputs, StackKind.of(stack), signature, x.dtype, index.dtype, part_rows, rows)
+    launches(x, index, *stack, out)
     return out
 
 
@@ -75,14 +74,15 @@ def _launches(
     index_dtype: torch.dtype,  # prepare_kernel is compiled for it
     part_rows: int,
     rows: int,
-) -> tuple[Preparation, MatrixProduct]:
+) -> LaunchSequence:
     """The launches of the calls that have all this in common; one split of K, since the sums are the output."""
     device = device_of(kind.device)
     overlap = device.capability >= 90
     spec = QuantSpec.parse(signature)
-    prepare = Preparation(inputs, kind, overlap, choose_tokens(device, inputs.slots, kind.experts))
+    prepare = Preparation(inputs, kind, "", dtype, overlap, choose_tokens(device, inputs.slots, kind.experts))
     tile = replace(matrix_tile(inputs.slots, kind, spec.bits, rows), splits=1)
-    return prepare, MatrixProduct(prepare.rows, kind, spec, dtype, tile, rows, part_rows, overlap)
+    product = MatrixProduct(prepare.output, "out", kind, "", spec, dtype, tile, rows, part_rows, overlap)
+    return LaunchSequence(("x", "index", *Stack._fields, "out"), prepare.parts, [*prepare.steps, product.step])
 
 
 @on_its_device

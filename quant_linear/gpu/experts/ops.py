@@ -27,12 +27,18 @@ from graftq.quant_linear.gpu.experts.launches import (
     InputRows,
     MatrixProduct,
     Preparation,
-    Prepared,
+    PreparedRows,
     SplitSpace,
-    Stack,
-    StackKind,
     formula_constants,
     matrix_tile,
+)
+from graftq.quant_linear.gpu.experts.stacks import (
+    Stack,
+    StackKind,
+    bias_name,
+    column_name,
+    stack_names,
+    weight_names,
 )
 from graftq.quant_linear.gpu.experts.tile_heuristics import (
     TOKENS_AT_ONCE,
@@ -43,7 +49,7 @@ from graftq.quant_linear.gpu.experts.tile_heuristics import (
 from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.kernels.experts_gemv import down_vector_kernel, up_vector_kernel
 from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
-from graftq.quant_linear.kernels.launch import Launch
+from graftq.quant_linear.kernels.launch import Launch, LaunchSequence, Part
 
 
 def stack_schema(prefix: str) -> str:
@@ -153,6 +159,9 @@ def launches_for(key: ExpertsKey) -> OneToken | SeveralTokens:
     return (OneToken if key.shape[0] == 1 and fits_vector_kernels else SeveralTokens)(key, form)
 
 
+_TENSORS = ("x", "index", "weights", *stack_names("up_"), *stack_names("down_"), "out", "up_arrivals", "down_arrivals")
+
+
 class OneToken:
     """The launches for a single token: nothing to route, each of its experts has programs of its own.
 
@@ -166,14 +175,14 @@ class OneToken:
         overlap = device.capability >= 90
         gathers = up.order is not None
         rows = InputRows(top_k, top_k, key.shape[1], key.stride)
-        self._prepare = Preparation(rows, up, overlap, tokens=None)
-        self._hidden = (top_k, inner)
+        prepare = Preparation(rows, up, "up_", key.dtype, overlap, tokens=None)
+        self._device = up.device
 
-        k, n = self._prepare.rows.k, inner * (1 + form.is_gated)
+        k, n = prepare.output.rows.k, inner * (1 + form.is_gated)
         tile = choose_vector(device, form.up.bits, n, up.atoms, top_k)
         tiles = -(-n // tile.rows)
-        self._up_space = SplitSpace(up.device, tile.splits * top_k * n if tile.splits > 1 else 0, top_k * tiles)
-        self._up = Launch(
+        self._up_space = SplitSpace.of("up_", tile.splits * top_k * n if tile.splits > 1 else 0, top_k * tiles)
+        multiply_up = Launch(
             up_vector_kernel,
             (tiles, tile.splits, top_k),
             (up.experts, n, k, *up.sizes, k if gathers else 0, up.bias_width),
@@ -185,21 +194,28 @@ class OneToken:
         n = key.shape[1]
         tile = choose_vector(device, form.down.bits, n, down.atoms, top_k)
         tiles = -(-n // tile.rows)
-        self._down_space = SplitSpace(down.device, tile.splits * top_k * n, tiles)
-        self._down = Launch(
+        self._down_space = SplitSpace.of("down_", tile.splits * top_k * n, tiles)
+        multiply_down = Launch(
             down_vector_kernel,
             (tiles, tile.splits, top_k),
             (down.experts, n, inner, *down.sizes, down.bias_width),
             (*down.constants(form.down, key.dtype), overlap, tile.rows, tile.unroll, tile.splits, top_k),
             tile.options(overlap),
         )
+        up_operands = (*weight_names("up_", up, form.up.bits), bias_name("up_", up), column_name("up_", up), "hidden")
+        down_operands = (*weight_names("down_", down, form.down.bits), bias_name("down_", down), "out")
+        parts = {"hidden": Part(top_k * inner, key.dtype), **self._up_space.parts, **self._down_space.parts}
+        steps = (
+            *prepare.steps,
+            (multiply_up, (prepare.output.x, "index", *up_operands, *self._up_space.names)),
+            (multiply_down, ("hidden", "index", "weights", *down_operands, *self._down_space.names)),
+        )
+        self._launches = LaunchSequence(_TENSORS, prepare.parts | parts, steps)
 
     def run(self, x: Tensor, index: Tensor, weights: Tensor, up: Stack, down: Stack, out: Tensor) -> None:
         """Write the layer's output [T, H] to ``out``; arguments as for :func:`tiled_experts`, rows contiguous."""
-        x = self._prepare(x, index, up.order).x
-        hidden = x.new_empty(self._hidden)
-        self._up(x, index, *up.weights, *up.biases, hidden, *self._up_space(up))
-        self._down(hidden, index, weights, *down.weights, down.biases[0], out, *self._down_space(down))
+        arrivals = self._up_space.counters(self._device), self._down_space.counters(self._device)
+        self._launches(x, index, weights, *up, *down, out, *arrivals)
 
 
 class SeveralTokens:
@@ -214,35 +230,41 @@ class SeveralTokens:
         device = device_of(up.device)
         overlap = device.capability >= 90
         rows = InputRows(slots, key.top_k, n, key.stride)
-        self._prepare = Preparation(rows, up, overlap, choose_tokens(device, slots, up.experts))
-        self._hidden = (slots, inner)
+        prepare = Preparation(rows, up, "up_", key.dtype, overlap, choose_tokens(device, slots, up.experts))
+        self._device = up.device
         wide = inner * (1 + form.is_gated)
         tile = matrix_tile(slots, up, form.up.bits, wide)
-        self._up = MatrixProduct(
-            self._prepare.rows, up, form.up, key.dtype, tile, wide, wide, overlap, form.activation, form.is_gated
-        )
+        multiply_up = MatrixProduct(
+            prepare.output, "hidden", up, "up_", form.up, key.dtype, tile, wide, wide, overlap, form.activation,
+            form.is_gated,
+        )  # fmt: skip
+        self._up_space = multiply_up.space
         tile = matrix_tile(slots, down, form.down.bits, n)
-        self._down = MatrixProduct(InputRows(slots, 1, inner, inner), down, form.down, key.dtype, tile, n, n, overlap)
-        self._summands = (tile.splits, slots, n)
-        # Without splits a sum over K is complete, and may be rounded to the activations' dtype.
-        self._dtype = torch.float32 if tile.splits > 1 else key.dtype
+        hidden = PreparedRows(InputRows(slots, 1, inner, inner), "hidden", prepare.output.routing)
+        multiply_down = MatrixProduct(hidden, "summands", down, "down_", form.down, key.dtype, tile, n, n, overlap)
         block = 256 if tokens <= 64 else 1024
-        self._sum = Launch(
+        add = Launch(
             weighted_sum_kernel,
             (tokens, -(-n // block), 1),
             (slots, n, down.experts, down.bias_width),
             (down.bias is not None, overlap, block, tile.splits, key.top_k),
             (("num_warps", 4), ("launch_pdl", True)) if overlap else (("num_warps", 4),),
         )
+        parts = {
+            "hidden": Part(slots * inner, key.dtype),
+            # Without splits a sum over K is complete, and may be rounded to the activations' dtype.
+            "summands": Part(tile.splits * slots * n, torch.float32 if tile.splits > 1 else key.dtype),
+        }
+        sum_operands = ("summands", "index", "weights", bias_name("down_", down), "out")
+        self._launches = LaunchSequence(
+            _TENSORS,
+            prepare.parts | parts | self._up_space.parts,
+            (*prepare.steps, multiply_up.step, multiply_down.step, (add, sum_operands)),
+        )
 
     def run(self, x: Tensor, index: Tensor, weights: Tensor, up: Stack, down: Stack, out: Tensor) -> None:
         """Write the layer's output [T, H] to ``out``; arguments as for :func:`tiled_experts`, rows contiguous."""
-        prepared = self._prepare(x, index, up.order)
-        hidden = x.new_empty(self._hidden)
-        self._up(prepared, up, hidden)
-        summands = torch.empty(self._summands, dtype=self._dtype, device=x.device)
-        self._down(Prepared(hidden, *prepared[1:]), down, summands)
-        self._sum(summands, index, weights, down.biases[0], out)
+        self._launches(x, index, weights, *up, *down, out, self._up_space.counters(self._device), None)
 
 
 _library.impl("tiled_experts", tiled_experts, "CompositeExplicitAutograd")

@@ -81,7 +81,7 @@ def _uniform(spec: ExpertsSpec) -> Rejected | None:
 
 
 Arguments = tuple[torch.Tensor | None, ...]
-"""The tensors of a ``launches.Stack``, in its order."""
+"""The tensors of a ``stacks.Stack``, in its order."""
 
 
 # Written out once: a layer's call looks fourteen names up, in a model's every layer and step.
@@ -112,7 +112,7 @@ def _step_by_step(
 ) -> torch.Tensor:
     """Bare products, and torch in between."""
     from graftq.quant_linear.gpu.experts.autograd import TiledProduct
-    from graftq.quant_linear.gpu.experts.launches import Stack  # not at the top, where triton may be absent
+    from graftq.quant_linear.gpu.experts.stacks import Stack  # not at the top, where triton may be absent
 
     spec, places = module.spec, StackRows(module.spec)
     first, second = Stack(*up), Stack(*down)  # type: ignore[arg-type]
