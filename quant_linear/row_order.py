@@ -84,10 +84,11 @@ def order_rows(
     rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[sorted_group]
     rest = torch.arange(len(group), stored, device=device)  # codes that fill up the last words, and have no group
     used = int(units.sum()) * unit
-    rows = -(-(used + len(rest)) // multiple) * multiple
+    # They go where groups leave places free: a unit of their own would belong to a group that does not exist.
+    rows = -(-max(used, stored) // multiple) * multiple
     order = torch.full((rows,), NO_ROW, dtype=torch.int32, device=device)
     order[first_place[sorted_group] + rank] = by_group.to(torch.int32)
-    order[used : used + len(rest)] = rest.to(torch.int32)
+    order[(order == NO_ROW).nonzero()[: len(rest), 0]] = rest.to(torch.int32)
     padding = torch.full(((rows - used) // unit,), spec.num_groups - 1, device=device)
     return RowOrder(order, torch.cat((torch.repeat_interleave(units), padding)), unit)
 

@@ -71,6 +71,16 @@ def test_padding_written_by_the_checkpoint_survives():
     assert_same(layout.unpack(layout.pack(stored)), stored)
 
 
+@pytest.mark.parametrize("group", [128, 256])
+@pytest.mark.parametrize("k", [144, 160, 272, 384, 400])
+def test_no_atom_lies_beyond_the_last_group(k: int, group: int):
+    """Kernels find an atom's group by division: one of padding alone would read scales that are not there."""
+    shape = Shape(k=k, n=64, group=group, act_order=True)
+    packed = TiledLayout(shape.spec()).pack(make(shape))
+    atoms, groups = packed["codes"].shape[1], len(packed["scales"])
+    assert (atoms - 1) * 128 // group < groups
+
+
 def test_groups_of_uneven_length_and_an_empty_one():
     spec = replace(Shape(k=128, n=64, group=32, act_order=True).spec())
     stored = make(Shape(k=128, n=64, group=32, act_order=True))
