@@ -206,6 +206,17 @@ def test_inputs_that_never_come_or_have_no_usual_size(scale: float):
     assert solution.error <= solution.nearest
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_moments_of_half_precision_inputs_are_those_of_their_values(dtype: torch.dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where products of halves are summed in float32
+    x, x_float = (inputs(300, 64, seed).to(device, dtype) for seed in (0, 1))
+    moments = Moments(1, 64, device, with_drift=True)
+    moments.add(x, x_float)
+    exact, exact_float = x.double(), x_float.double()
+    torch.testing.assert_close(moments.gram[0].double(), exact.T @ exact, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(moments.drift[0].double(), (exact_float - exact).T @ exact, rtol=1e-5, atol=1e-3)
+
+
 def test_fewer_tokens_than_columns_and_columns_that_never_fire():
     x = inputs(10, 64)
     x[:, ::3] = 0
