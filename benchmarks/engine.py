@@ -94,7 +94,9 @@ def measure(options: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     began = time.perf_counter()
-    settings = {"max_model_len": 4096, "skip_tokenizer_init": True, "seed": 0, **options.settings}
+    settings: dict[str, Any] = {"max_model_len": 4096, "skip_tokenizer_init": True, "seed": 0}
+    settings["enable_prefix_caching"] = False  # prompts would be cached when the first token is timed
+    settings |= options.settings
     if options.engines == ["graftq"]:
         settings["quantization"] = "graftq"
     engine = LLM(str(options.folders[0]), tensor_parallel_size=options.tensor_parallel, **settings)
