@@ -117,9 +117,9 @@ class Job:
 
 
 POINTERS = {
-    "codes": "i16",
-    "high": "i16",
-    "zeros": "i16",
+    "codes": "i32",
+    "high": "i32",
+    "zeros": "i32",
     "scales": "fp16",
     "partials": "fp32",
     "counters": "i32",
@@ -191,7 +191,7 @@ def _dense(bits: int, group: int, dtype: torch.dtype, sym: bool, tokens: int) ->
     spec, device = _spec(bits, group, sym, k, n), torch.device("cuda", 0)
     strides = (n, 0 if sym else n)
     shape = torch.Size((tokens, k))
-    key = LinearKey(spec.signature, shape, (k, 1), dtype, device, k // 128, spec.num_groups, *strides,
+    key = LinearKey(spec.signature, shape, (k, 1), dtype, device, k // 128, spec.num_groups, n, 0 if sym else n // 2,
                     torch.float16, None, False)  # fmt: skip
     product = LinearLaunches(key)._product
     if not hasattr(product, "_launches"):
@@ -207,7 +207,7 @@ def _experts(bits: int, group: int, dtype: torch.dtype, sym: bool, tokens: int) 
         tuple((name, (each,) * experts) for name, each in (("gate_proj", up), ("up_proj", up), ("down_proj", down))),
         Activation("silu"),
     )
-    words = 512 * (2 if bits == 3 else bits)
+    words = 256 * (2 if bits == 3 else bits)
     device = torch.device("cuda", 0)
 
     def kind(each: QuantSpec, parts: int) -> StackKind:

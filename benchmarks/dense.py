@@ -44,14 +44,14 @@ def random_packed(spec: QuantSpec) -> dict[str, torch.Tensor]:
     tiles, atoms = spec.out_features // 64, spec.in_features // 128
 
     def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, device="cuda")
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
 
     packed = {
-        "codes": words(tiles, atoms, 512 * width),
+        "codes": words(tiles, atoms, 256 * width),
         "scales": (torch.rand(spec.num_groups, spec.out_features, device="cuda") * 0.01 + 0.002).half(),
     }
     if spec.bits == 3:
-        packed["high"] = words(tiles, atoms, 512)
+        packed["high"] = words(tiles, atoms, 256)
     if spec.desc_act:
         packed["order"] = torch.randperm(spec.in_features, device="cuda").to(torch.int32)
     return packed

@@ -39,7 +39,7 @@ def dequantized_runs(weights: TiledWeights, spec: QuantSpec, dtype: torch.dtype)
     """
     n, atoms = spec.out_features, weights.codes.shape[1]
     device, scales = weights.codes.device, weights.scales
-    strides = (scales.stride(0), 0 if weights.zeros is None else weights.zeros.stride(0))
+    strides = (scales.stride(0), 0 if weights.zeros is None else 2 * weights.zeros.stride(0))
     space = None
     for first, count in runs_of(n, atoms, dtype.itemsize):
         if space is None:  # the first run is the longest

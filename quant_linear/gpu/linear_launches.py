@@ -36,7 +36,7 @@ class LinearKey(NamedTuple):
         atoms: Atoms of 128 input rows in ``codes``.
         scale_rows: Rows of ``scales``.
         scale_stride: Elements from one row of ``scales`` to the next, more than N where siblings are joined.
-        zero_stride: Likewise of ``zeros``; 0 if symmetric.
+        zero_stride: Likewise of ``zeros``, whose elements are pairs of zero points; 0 if symmetric.
         scale_dtype: A kernel is compiled for it.
         bias_dtype: Likewise; None if there is no bias.
         is_ordered: Whether act-order has moved the input rows.
@@ -183,7 +183,7 @@ class _FusedProduct:
         self._is_split = tile.splits > 1
         program = program_for(key.device, spec.bits, key.dtype, spec.sym)
         weights = (spec.bits, group, spec.sym, program, key.bias_dtype is not None)
-        strides = (key.scale_stride, key.zero_stride)
+        strides = (key.scale_stride, 2 * key.zero_stride)
         mask_k = k < atoms * 128
         grid, options = (self._tiles, tile.splits, 1), tile.options(overlap)
         constants: tuple[object, ...]

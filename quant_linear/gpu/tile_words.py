@@ -66,7 +66,7 @@ def to_tiles_by_kernel(
         pack_kernel[(tiles, atoms)](
             qweight, places, source, packed["codes"], packed.get("high", packed["codes"]), *qweight.shape, bits
         )
-    return packed
+    return _in_pairs(packed)
 
 
 def from_tiles(tiles: Mapping[str, torch.Tensor], bits: int, order: RowOrder, packed_rows: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _to_words(codes: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
             top |= (by_plane[plane].to(torch.int32)[..., 8 * half : 8 * half + 8] >> 2) << bit
         fragments = top.to(torch.int16).view(tiles, atoms, 4, 2, 8, 4, 2).permute(0, 1, 2, 4, 5, 3, 6)
         packed["high"] = fragments.reshape(tiles, atoms, 512)
-    return packed
+    return _in_pairs(packed)
 
 
 def _from_words(packed: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
@@ -117,15 +117,21 @@ def _from_words(packed: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     width = 2 if bits == 3 else bits
     planes = 16 // width
     tiles, atoms, _ = packed["codes"].shape
-    fragments = packed["codes"].view(tiles, atoms, -1, 4, 8, 4, 2, 2, 2).permute(0, 1, 3, 7, 4, 2, 6, 5, 8)
+    fragments = packed["codes"].view(torch.int16).view(tiles, atoms, -1, 4, 8, 4, 2, 2, 2)
+    fragments = fragments.permute(0, 1, 3, 7, 4, 2, 6, 5, 8)
     words = fragments.reshape(tiles, atoms, TILE_N, ATOM_K // planes)
     codes = torch.stack([words >> (plane * width) & ((1 << width) - 1) for plane in range(planes)])
     if bits == 3:
-        top = packed["high"].view(tiles, atoms, 4, 8, 4, 2, 2).permute(0, 1, 2, 5, 3, 4, 6)
+        top = packed["high"].view(torch.int16).view(tiles, atoms, 4, 8, 4, 2, 2).permute(0, 1, 2, 5, 3, 4, 6)
         top = top.reshape(tiles, atoms, TILE_N, 8)
         for plane, half, bit in _top_bits():
             codes[plane, ..., 8 * half : 8 * half + 8] |= (top >> bit & 1) << 2
     return codes.to(torch.uint8).permute(2, 0, 4, 1, 3).reshape(atoms * ATOM_K, tiles * TILE_N)
+
+
+def _in_pairs(packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same memory as int32, since NCCL has no int16."""
+    return {name: tensor.view(torch.int32) for name, tensor in packed.items()}
 
 
 def _top_bits() -> list[tuple[int, int, int]]:

@@ -27,15 +27,18 @@ class TiledLayout:
     ======= ================================== ====================================================================
     tensor  shape                              meaning
     ======= ================================== ====================================================================
-    codes   int16 [tiles, atoms, 512 * width]  codes (3 bits: their low two); see ``kernels.unpack``
-    high    int16 [tiles, atoms, 512]          3 bits only: the top bits
+    codes   int32 [tiles, atoms, 256 * width]  codes (3 bits: their low two); see ``kernels.unpack``
+    high    int32 [tiles, atoms, 256]          3 bits only: the top bits
     scales  [groups, padded_out]               as stored; one row per :data:`UNIT` if regrouped
-    zeros   int16 [groups, padded_out]         zero points, offset included; likewise; if not symmetric
+    zeros   int32 [groups, padded_out / 2]     zero points, offset included; likewise; if not symmetric
     order   int32 [128 * atoms]                input row at each place, only if the rows are not in their own order
     qzeros  as stored                          kept for :meth:`unpack` alone
     g_idx   as stored, if stored               likewise
     bias    as stored, if stored
     ======= ================================== ====================================================================
+
+    Words and zero points have 16 bits, and lie two in an element (an odd number of zero points is padded by a 0): NCCL,
+    which copies models from GPU to GPU, has no int16.
 
     A layer that others are joined to (``siblings``) holds their output rows behind its own, in all tensors.
 
@@ -72,7 +75,8 @@ class TiledLayout:
         rows = order.unit_group if in_units else slice(None)
         packed["scales"] = tensors.scales[rows]
         if not self.spec.sym:
-            packed["zeros"] = stored_zeros(tensors, self.spec)[rows]
+            zeros = stored_zeros(tensors, self.spec)[rows]
+            packed["zeros"] = torch.nn.functional.pad(zeros, (0, columns % 2)).view(torch.int32)
         packed["qzeros"] = tensors.qzeros
         optional = {"order": order.order, "g_idx": tensors.g_idx, "bias": tensors.bias}
         return Packed(packed | {name: tensor for name, tensor in optional.items() if tensor is not None}, in_units)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.epilogue import load_scales, load_zeros, scale_weights
-from graftq.quant_linear.kernels.unpack import load_words, unpack
+from graftq.quant_linear.kernels.unpack import halves_of, load_words, unpack
 
 
 @triton.jit
@@ -17,11 +17,12 @@ def dequantize_kernel(
     """One atom of 64 output by 128 input rows as ``(code - zero) * scale``; grid (tiles of the run, atoms).
 
     Args:
-        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes), each
+        codes: int32 [tiles of 64 output rows, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes), each
             atom's words in the order that ``unpack.load_words`` describes.
-        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [tiles of 64 output rows, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
+        zeros: int32 [groups, N / 2], the zero points, two of 16 bits in an element, rows ``zero_stride`` zero points
+            apart; read if not SYM.
         out: fp16 or bf16 [64 * tiles of the run, 128 * atoms], contiguous, inputs in packed order; rows from ``N`` on
             become zero.
         first_tile: Where the run begins, in tiles of 64 output rows.
@@ -33,6 +34,7 @@ def dequantize_kernel(
         SYM: Whether every zero point is ``2 ** (BITS - 1)``.
         PROGRAM: The text of ``unpack.unpack_program``, or "" for the portable path.
     """
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     DTYPE: tl.constexpr = out.dtype.element_ty
     SCALES: tl.constexpr = scales.dtype.element_ty
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS

@@ -11,6 +11,7 @@ import triton.language as tl
 from graftq.quant_linear.kernels.activate import activate
 from graftq.quant_linear.kernels.epilogue import sum_splits
 from graftq.quant_linear.kernels.gemm import multiply_tile
+from graftq.quant_linear.kernels.unpack import halves_of
 
 
 @triton.jit
@@ -29,11 +30,11 @@ def experts_matrix_kernel(
 
     Args:
         x: fp16 or bf16 [S / share, parts, K], rows ``x_stride`` and parts ``part_stride`` apart.
-        codes: int16 [experts, tiles_n, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words of
+        codes: int32 [experts, tiles_n, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes): the words of
             atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
-        high: int16 [experts, tiles_n, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [experts, tiles_n, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [experts, groups, 64 * tiles_n], any float dtype.
-        zeros: int16 [experts, groups, 64 * tiles_n], the zero points; read if not SYM.
+        zeros: int32 [experts, groups, 32 * tiles_n], the zero points, two of 16 bits in an element; read if not SYM.
         bias: [experts, bias_stride], any float dtype, by column; read if HAS_BIAS, and only with an activation.
         columns: int32 [experts, 64 * tiles_n], the column of each output row, ``bias_stride`` or more for padding; read
             if HAS_BIAS.
@@ -59,6 +60,7 @@ def experts_matrix_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split = tl.program_id(0), tl.program_id(1)
     blocks_n = tl.cdiv(N, BLOCK_N)
     first_m = tile // (SWEEP * blocks_n) * SWEEP

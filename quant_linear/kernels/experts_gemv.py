@@ -11,6 +11,7 @@ import triton.language as tl
 from graftq.quant_linear.kernels.activate import activate
 from graftq.quant_linear.kernels.epilogue import sum_splits
 from graftq.quant_linear.kernels.gemv import multiply_row
+from graftq.quant_linear.kernels.unpack import halves_of
 
 
 @triton.jit
@@ -29,11 +30,11 @@ def up_vector_kernel(
     Args:
         x: fp16 or bf16 [TOP_K, K], rows ``x_stride`` apart; a stride of 0 if all slots read the same row.
         index: Integers [TOP_K], the expert of each slot; for one that does not exist nothing is written.
-        codes: int16 [experts, tiles_n, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words of
+        codes: int32 [experts, tiles_n, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes): the words of
             atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
-        high: int16 [experts, tiles_n, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [experts, tiles_n, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [experts, groups, 64 * tiles_n], any float dtype.
-        zeros: int16 [experts, groups, 64 * tiles_n], the zero points; read if not SYM.
+        zeros: int32 [experts, groups, 32 * tiles_n], the zero points, two of 16 bits in an element; read if not SYM.
         bias: [experts, bias_stride], any float dtype, by column; read if HAS_BIAS.
         columns: int32 [experts, 64 * tiles_n], the column of each output row, ``bias_stride`` or more for padding; read
             if HAS_BIAS.
@@ -54,6 +55,7 @@ def up_vector_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if AFTER_GATHER:
         tl.extra.cuda.gdc_wait()
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     expert = tl.load(index + slot).to(tl.int32)
     if (expert < 0) | (expert >= experts):
@@ -96,11 +98,11 @@ def down_vector_kernel(
         x: fp16 or bf16 [TOP_K, K], contiguous; K is a multiple of 128.
         index: Integers [TOP_K], the expert of each slot; one that does not exist adds nothing.
         weights: [TOP_K], any float dtype: the router's weight of each slot.
-        codes: int16 [experts, tiles_n, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words of
+        codes: int32 [experts, tiles_n, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes): the words of
             atoms of 64 output by 128 input rows, in the order that ``unpack.load_words`` describes.
-        high: int16 [experts, tiles_n, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [experts, tiles_n, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [experts, groups, 64 * tiles_n], any float dtype.
-        zeros: int16 [experts, groups, 64 * tiles_n], the zero points; read if not SYM.
+        zeros: int32 [experts, groups, 32 * tiles_n], the zero points, two of 16 bits in an element; read if not SYM.
         bias: [experts, bias_stride], any float dtype; read if HAS_BIAS.
         out: [N], in the dtype of ``x``.
         partials: float32 [SPLIT_K, TOP_K, N].
@@ -111,6 +113,7 @@ def down_vector_kernel(
     """
     if AFTER_UP:
         tl.extra.cuda.gdc_wait()
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_tile, load_scales, load_zeros, scale_weights
-from graftq.quant_linear.kernels.unpack import load_atoms, unpack
+from graftq.quant_linear.kernels.unpack import halves_of, load_atoms, unpack
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def multiply_tile(
         x: Pointers to the first activation of each token, fp16 or bf16 [BLOCK_M, 1].
         inside_m: Whether each token exists, [BLOCK_M]; read if MASK_M or MASK_K.
         codes, high: int16 pointers to the first atom of the whole tensor; see :func:`matrix_kernel`.
-        scales, zeros: Pointers to group 0 and output row 0 of the matrix; see :func:`matrix_kernel`.
+        scales, zeros: Pointers to group 0 and output row 0 of the matrix, of zeros int16; see :func:`matrix_kernel`.
         first_atom: Index of the atom of ``rows[0]`` and input row 0, int64.
         rows: Consecutive output rows, int32 [BLOCK_N], a multiple of 64.
         split: Which split of K.
@@ -125,11 +125,12 @@ def matrix_kernel(
 
     Args:
         x: fp16 or bf16 [M, K], rows ``x_stride`` apart, in the packed order of the input rows.
-        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
+        codes: int32 [tiles of 64 output rows, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes): the words
             of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
-        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [tiles of 64 output rows, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
+        zeros: int32 [groups, N / 2], the zero points, two of 16 bits in an element, rows ``zero_stride`` zero points
+            apart; read if not SYM.
         bias: [N], any float dtype; read if HAS_BIAS.
         out: [M, N], contiguous, in the dtype of ``x``.
         partials: float32 [SPLIT_K, M, N]; used if SPLIT_K > 1.
@@ -150,6 +151,7 @@ def matrix_kernel(
         AFTER_GATHER: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
         UNROLL: Atoms per step; divides ``atoms``.
     """
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile_n, tile_m = tile // tiles_m, tile % tiles_m

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_row, load_scales, load_zeros
-from graftq.quant_linear.kernels.unpack import load_atoms, unpack_planes
+from graftq.quant_linear.kernels.unpack import halves_of, load_atoms, unpack_planes
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def multiply_row(
     Args:
         x: fp16 or bf16 [K], contiguous.
         codes, high: int16 pointers to the first atom of the whole tensor; see :func:`vector_kernel`.
-        scales, zeros: Pointers to group 0 and output row 0 of the matrix; see :func:`vector_kernel`.
+        scales, zeros: Pointers to group 0 and output row 0 of the matrix, of zeros int16; see :func:`vector_kernel`.
         first_atom: Index of the atom of ``rows[0]`` and input row 0, int64.
         rows: Consecutive output rows, int32 [BLOCK_N], a multiple of 64.
         split: Which split of K.
@@ -105,11 +105,12 @@ def vector_kernel(
 
     Args:
         x: fp16 or bf16 [K], in the packed order of the input rows.
-        codes: int16 [tiles of 64 output rows, atoms, 512 * width], ``width`` bits a code (2 for 3-bit codes): the words
+        codes: int32 [tiles of 64 output rows, atoms, 256 * width], ``width`` bits a code (2 for 3-bit codes): the words
             of atoms of 64 output by 128 input rows, in the order that ``unpack.load_atoms`` describes.
-        high: int16 [tiles of 64 output rows, atoms, 512], the top bits of 3-bit codes; read for 3 bits only.
+        high: int32 [tiles of 64 output rows, atoms, 256], the top bits of 3-bit codes; read for 3 bits only.
         scales: [groups, N], any float dtype, rows ``scale_stride`` apart.
-        zeros: int16 [groups, N], the zero points, rows ``zero_stride`` apart; read if not SYM.
+        zeros: int32 [groups, N / 2], the zero points, two of 16 bits in an element, rows ``zero_stride`` zero points
+            apart; read if not SYM.
         bias: [N], any float dtype; read if HAS_BIAS.
         out: [N], in the dtype of ``x``.
         partials: float32 [SPLIT_K, N]; used if SPLIT_K > 1.
@@ -124,6 +125,7 @@ def vector_kernel(
         AFTER_GATHER: Whether the kernel that writes ``x`` may still be running (programmatic dependent launch).
         UNROLL: Atoms per step; divides ``atoms``.
     """
+    codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split = tl.program_id(0), tl.program_id(1)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     first_atom = (tile * (BLOCK_N // 64)).to(tl.int64) * atoms

@@ -1,8 +1,9 @@
 """Packed words to ``code - zero point`` in the activation dtype; every kernel that reads weights uses this.
 
-Words are int16. A word of ``b`` bits per code holds ``P = 16 // b`` codes ("planes"), and one atom of 128 input
+Words have 16 bits. A word of ``b`` bits per code holds ``P = 16 // b`` codes ("planes"), and one atom of 128 input
 rows by 64 output rows is ``[64, W]`` words with ``W = 128 // P``: plane ``j`` of word ``i`` is input row ``W * j + i``.
-3-bit codes are stored as 2-bit words (their low two bits) and 1-bit words (their top bit).
+3-bit codes are stored as 2-bit words (their low two bits) and 1-bit words (their top bit). Tensors are int32, two words
+in an element (:func:`halves_of`).
 
 No integer is converted to a float: a code ORed into the mantissa of ``2**e`` gives the float ``2**e + code`` if the
 code's lowest bit falls on the mantissa bit that is worth 1. Subtracting ``2**e + zero`` is then exact. Two codes share
@@ -124,6 +125,16 @@ def _stack(first, second):
     """Two tensors [R, W] side by side, [R, 2 W]; no data moves between threads."""
     both = tl.permute(tl.join(first, second), (0, 2, 1))  # [R, W, which] to [R, which, W]
     return tl.reshape(both, (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def halves_of(tensor):
+    """A pointer to int32 as one to int16, the lower half of each first.
+
+    Kernels work with 16-bit words and zero points, but tensors are int32: NCCL, which copies models from GPU to GPU,
+    has no int16.
+    """
+    return tensor.to(tl.pointer_type(tl.int16), bitcast=True)
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from graftq.quant_linear.kernels.pack import pack_kernel
 from graftq.quant_linear.kernels.scales import search_kernel
 from graftq.quant_linear.kernels.unpack import unpack_program
 
-POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i16", "high": "*i16", "scales": "*fp16"}
-POINTERS |= {"zeros": "*i16", "partials": "*fp32", "counters": "*i32", "order": "*i32", "gathered": "*{}"}
+POINTERS = {"x": "*{}", "out": "*{}", "bias": "*{}", "codes": "*i32", "high": "*i32", "scales": "*fp16"}
+POINTERS |= {"zeros": "*i32", "partials": "*fp32", "counters": "*i32", "order": "*i32", "gathered": "*{}"}
 POINTERS |= {
     "index": "*i64",
     "slots": "*i32",

@@ -14,7 +14,7 @@ def route(index: torch.Tensor, experts: int, tokens: int) -> list[tuple[int, lis
     from graftq.quant_linear.gpu.experts.stacks import Stack, StackKind
     from graftq.quant_linear.kernels.launch import LaunchSequence
 
-    codes = torch.empty(experts, 2, 1, 0, dtype=torch.int16, device=index.device)
+    codes = torch.empty(experts, 2, 1, 0, dtype=torch.int32, device=index.device)
     x = torch.empty(len(index), 16, dtype=torch.float16, device=index.device)
     kind = StackKind.of(Stack(codes, None, codes, None, None, None, None))
     prepare = Preparation(InputRows(len(index), 1, 16, 16), kind, "", x.dtype, False, tokens)

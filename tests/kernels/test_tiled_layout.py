@@ -11,6 +11,7 @@ from support.projections import Shape, make
 
 from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.row_order import NO_ROW
 
 
@@ -61,6 +62,17 @@ def test_unused_bits_of_the_last_words_survive(bits: int):
     )
     layout = TiledLayout(spec)
     assert_same(layout.unpack(layout.pack(stored)), stored)
+
+
+@pytest.mark.parametrize("group", [128, 48])
+def test_an_odd_number_of_zero_points(group: int):
+    shape = Shape(n=71, group=group, sym=False)
+    stored, layout = make(shape), TiledLayout(shape.spec())
+    packed = layout.pack(stored)
+    assert_same(layout.unpack(packed), stored)
+    zeros = packed["zeros"].view(torch.int16)
+    assert zeros.shape[1] == 72
+    assert torch.equal(zeros[0, :71], zero_points(stored, shape.spec())[0].short())
 
 
 def test_padding_written_by_the_checkpoint_survives():

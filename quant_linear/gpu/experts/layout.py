@@ -70,9 +70,9 @@ class TiledExpertsLayout:
     =================== ===================================== =========================================================
     tensor, "tiled\\_"+  shape                                 meaning
     =================== ===================================== =========================================================
-    up_codes, up_high   int16 [E, tiles, atoms, ...]          as in :class:`TiledLayout`
+    up_codes, up_high   int32 [E, tiles, atoms, ...]          as in :class:`TiledLayout`
     up_scales           [E, groups, 64 * tiles]               0 for rows of padding
-    up_zeros            int16, like ``up_scales``             zero points, offset included; if any is not symmetric
+    up_zeros            int32 [E, groups, 32 * tiles]         likewise, in pairs; if any expert is not symmetric
     up_order            int32 [E, parts, 128 * atoms]         input row at each place, if any expert's rows have moved;
                                                               one part if fused, else one per projection
     up_columns          int32 [E, 64 * tiles]                 fused form only: column of each row, as counted below
@@ -235,7 +235,7 @@ class TiledExpertsLayout:
         packed = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
         packed["scales"] = _side_by_side(scales)
         if not is_sym:
-            packed["zeros"] = _side_by_side(zeros)
+            packed["zeros"] = _side_by_side(zeros).view(torch.int32)
         if any(spec.has_bias for name in stack_names for spec in self.spec.of(name)):
             packed["bias"] = self._bias(stored, expert, stack_names)
         return packed

@@ -16,10 +16,10 @@ class Stack(NamedTuple):
     """The tensors of one product of all E experts, from ``TiledExpertsLayout``, in the operators' order of arguments.
 
     Attributes:
-        codes: int16 [E, tiles, atoms, words].
-        high: int16 [E, tiles, atoms, 512], 3 bits only.
+        codes: int32 [E, tiles, atoms, pairs of words].
+        high: int32 [E, tiles, atoms, 256], 3 bits only.
         scales: [E, groups, 64 * tiles].
-        zeros: int16, like ``scales``; None if all experts are symmetric.
+        zeros: int32 [E, groups, 32 * tiles], pairs of zero points; None if all experts are symmetric.
         order: int32 [E, parts, 128 * atoms]: the input row at each place; None if no rows have moved.
         columns: int32 [E, 64 * tiles]: the column of ``bias`` for each row; None if they are the same.
         bias: [E, columns], the checkpoint's or the model's own; None if there is none.
@@ -44,7 +44,7 @@ class StackKind(NamedTuple):
     """All that a launch depends on of a stack but the tensors' addresses.
 
     Attributes:
-        codes: Shape of ``codes``: experts, tiles of 64 output rows, atoms of 128 input rows, words of an atom.
+        codes: Shape of ``codes``: experts, tiles of 64 output rows, atoms of 128 input rows, pairs of words of an atom.
         scale_rows: Rows of an expert's ``scales``.
         scale_dtype: Kernels are compiled for it.
         device: Of all tensors.
