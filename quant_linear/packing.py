@@ -52,13 +52,18 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [ceil(count * bits / 32), columns]; unused high bits of the last word are zero.
     """
     count, columns = codes.shape
-    start = torch.arange(count, device=codes.device) * bits
-    word, shift = start // 32, (start % 32)[:, None]
-    wide = codes.to(torch.int64) << shift
-    words = torch.zeros(-(-count * bits // 32) + 1, columns, dtype=torch.int64, device=codes.device)
-    words.index_add_(0, word, wide & 0xFFFFFFFF)
-    words.index_add_(0, word + 1, wide >> 32)
-    return words[:-1].to(torch.int32)
+    words = -(-count * bits // 32)
+    groups = -(-words * 4 // bits)  # eight codes fill `bits` bytes
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, 0, 0, groups * 8 - count)).view(groups, 8, columns)
+    octets = codes.new_zeros(groups, bits, columns)
+    for place in range(8):
+        first, shift = divmod(place * bits, 8)
+        octets[:, first] |= codes[:, place] << shift
+        if shift + bits > 8:
+            octets[:, first + 1] |= codes[:, place] >> (8 - shift)
+    octets = octets.view(-1, columns)[: words * 4].view(words, 4, columns)
+    octets = octets.flip(1) if sys.byteorder == "big" else octets
+    return octets.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)
 
 
 def sequential_g_idx(spec: QuantSpec, device: torch.device | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from graftq.plugin.checkpoint.headers import SUFFIXES, info_of
+from graftq.plugin.checkpoint.padding import is_padded
 from graftq.plugin.checkpoint.validation import Declared, spec_from_headers
 from graftq.plugin.checkpoint.values import check_values
 from graftq.quant_linear.errors import CheckpointError
@@ -70,8 +71,10 @@ class ProjectionLoader:
         if suffix not in self._missing:
             raise CheckpointError("two tensors for one place in the layer", module=name)
         self._missing.discard(suffix)
-        # A copy in any case: some readers of vLLM's reuse the memory.
-        self._tensors[suffix] = tensor.detach().to(self.device, copy=True)
+        # A copy in any case: some readers of vLLM's reuse the memory. What is small is checked where it arrives, as
+        # each look at a value on a GPU waits for all that the GPU has been given to do.
+        place = self.device if suffix == "qweight" else tensor.device
+        self._tensors[suffix] = tensor.detach().to(place, copy=True)
         if not self._missing:
             self.shards()
 
@@ -112,8 +115,11 @@ class ProjectionLoader:
         spec = spec_from_headers(
             self.module, infos, self.declared, self.in_features, self.out_features, has_bias=self.has_bias
         )
-        spec = check_values(self.module, infos, spec, self.declared, self._tensors, self.dtype)
-        tensors = GptqTensors(**self._tensors)
+        moved = {suffix: tensor.to(self.device) for suffix, tensor in self._tensors.items()}
+        # Padding is judged by weights, for which all tensors have to be in one place.
+        values = moved if is_padded(spec) else self._tensors
+        spec = check_values(self.module, infos, spec, self.declared, values, self.dtype)
+        tensors = GptqTensors(**moved)
         return (tensors, spec) if spec.desc_act else (replace(tensors, g_idx=None), replace(spec, stored_g_idx=0))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftq.plugin.checkpoint.headers import TensorInfo
 from graftq.plugin.checkpoint.padding import check_padding, is_padded
@@ -49,12 +49,7 @@ def check_values(
         CheckpointError: if ``g_idx`` is out of range, scales are not finite or too large to compute with, the zero
             points contradict the label, a bias is not zero where the model has none, or padding is not zero.
     """
-    scales = values["scales"]
-    if not scales.isfinite().all():
-        info = infos["scales"]
-        bad = "NaN" if scales.isnan().any() else "infinite"
-        raise CheckpointError(f"{bad} values among the scales", file=info.file, module=info.name)
-    _check_range(infos["scales"], spec, scales, dtype)
+    _check_scales(infos["scales"], spec, values["scales"], dtype)
     if "bias" in values and not spec.has_bias and values["bias"].any():
         info = infos["bias"]
         raise CheckpointError("non-zero bias, but the model's layer has none", file=info.file, module=info.name)
@@ -69,10 +64,22 @@ def check_values(
     return spec
 
 
-def _check_range(info: TensorInfo, spec: QuantSpec, scales: torch.Tensor, dtype: torch.dtype | None) -> None:
+def _range(tensor: torch.Tensor) -> tuple[Any, Any]:
+    """The least and the greatest value, both NaN if there is any; by one reduction and one wait for the device."""
     import torch
 
-    largest = float(scales.abs().max()) * 2**spec.bits
+    low, high = torch.stack(tensor.aminmax()).tolist()
+    return low, high
+
+
+def _check_scales(info: TensorInfo, spec: QuantSpec, scales: torch.Tensor, dtype: torch.dtype | None) -> None:
+    import torch
+
+    low, high = _range(scales)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = "NaN" if math.isnan(low) else "infinite"
+        raise CheckpointError(f"{bad} values among the scales", file=info.file, module=info.name)
+    largest = max(-low, high) * 2**spec.bits
     limit = LARGEST_WEIGHT if dtype is None else min(torch.finfo(dtype).max, LARGEST_WEIGHT)
     if largest > limit:
         where = "" if dtype is None or limit == LARGEST_WEIGHT else f" in {str(dtype).removeprefix('torch.')}"
@@ -85,7 +92,7 @@ def _check_g_idx(info: TensorInfo, spec: QuantSpec, declared: Declared, g_idx: t
     import torch
 
     used = g_idx[: spec.in_features]
-    low, high = int(used.min()), int(used.max())
+    low, high = _range(used)
     if low < 0 or high >= spec.num_groups:
         raise CheckpointError(
             f"group {low if low < 0 else high} out of range, there are {spec.num_groups} groups",
@@ -109,11 +116,8 @@ def _check_g_idx(info: TensorInfo, spec: QuantSpec, declared: Declared, g_idx: t
 
 def _check_zero_points(info: TensorInfo, spec: QuantSpec, declared: Declared, qzeros: torch.Tensor) -> bool:
     """Whether every zero point is ``2**(bits-1)``; raises if that contradicts the label."""
-    from graftq.quant_linear.packing import unpack_codes
-
-    stored = unpack_codes(qzeros.T, spec.bits, spec.out_features)
     middle = 2 ** (spec.bits - 1)
-    low, high = int(stored.min()), int(stored.max())
+    low, high = _range_of_codes(qzeros, spec)
     if low == high == middle - spec.zero_offset:
         return True
     label, other = ("gptq", "gptq_v2") if spec.zero_offset else ("gptq_v2", "gptq")
@@ -129,3 +133,17 @@ def _check_zero_points(info: TensorInfo, spec: QuantSpec, declared: Declared, qz
             f"labeled sym: true, but stored zero points range from {low} to {high}", file=info.file, module=info.name
         )
     return False
+
+
+def _range_of_codes(qzeros: torch.Tensor, spec: QuantSpec) -> tuple[int, int]:
+    """The least and the greatest stored zero point; where all words are the same one, it is all that is unpacked."""
+    from graftq.quant_linear.packing import unpack_codes
+
+    words, rest = divmod(spec.out_features * spec.bits, 32)
+    if 32 % spec.bits == 0 and not rest:
+        low, high = _range(qzeros[:, :words])
+        if low == high:
+            codes = [low >> shift & (2**spec.bits - 1) for shift in range(0, 32, spec.bits)]
+            return min(codes), max(codes)
+    low, high = _range(unpack_codes(qzeros.T, spec.bits, spec.out_features))
+    return low, high
