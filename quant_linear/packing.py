@@ -58,9 +58,9 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     octets = codes.new_zeros(groups, bits, columns)
     for place in range(8):
         first, shift = divmod(place * bits, 8)
-        octets[:, first] |= codes[:, place] << shift
+        octets[:, first].bitwise_or_(codes[:, place] << shift)
         if shift + bits > 8:
-            octets[:, first + 1] |= codes[:, place] >> (8 - shift)
+            octets[:, first + 1].bitwise_or_(codes[:, place] >> (8 - shift))
     octets = octets.view(-1, columns)[: words * 4].view(words, 4, columns)
     octets = octets.flip(1) if sys.byteorder == "big" else octets
     return octets.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(-1)

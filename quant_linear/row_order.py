@@ -39,6 +39,8 @@ class RowOrder:
 
     def padded(self, rows: int) -> RowOrder:
         """The same with padding up to ``rows`` places, a multiple of :attr:`unit`."""
+        if rows == self.rows:
+            return self
         order = self.order
         if order is not None:
             order = torch.nn.functional.pad(order, (0, rows - self.rows), value=NO_ROW)
@@ -70,27 +72,61 @@ def order_rows(
     Raises:
         ValueError: if ``g_idx`` is missing.
     """
-    stored, multiple = stored_rows(spec), multiple or unit
-    if spec.num_groups == 1 or (not spec.desc_act and spec.group_size % unit == 0):
-        rows = -(-stored // multiple) * multiple
-        group = torch.arange(0, rows, unit, device=device) // spec.group_size
-        return RowOrder(None, group.clamp(max=spec.num_groups - 1), unit)
-    group = _groups(spec, g_idx, device)
+    return order_alike([spec], [g_idx], unit, device, multiple)[0]
+
+
+def order_alike(
+    specs: Sequence[QuantSpec],
+    g_idx: Sequence[torch.Tensor | None],
+    unit: int,
+    device: torch.device,
+    multiple: int | None = None,
+) -> list[RowOrder]:
+    """:func:`order_rows` of projections of one size, which may differ in their act-order; padded to the longest.
+
+    All that are sorted are sorted at once, and a GPU is waited for once: the experts of a layer are many.
+    """
+    multiple = multiple or unit
+    found: dict[int, RowOrder] = {}
+    groups: dict[int, torch.Tensor] = {}
+    for number, (spec, each) in enumerate(zip(specs, g_idx, strict=True)):
+        if spec.num_groups == 1 or (not spec.desc_act and spec.group_size % unit == 0):
+            rows = -(-stored_rows(spec) // multiple) * multiple
+            group = torch.arange(0, rows, unit, device=device) // spec.group_size
+            found[number] = RowOrder(None, group.clamp(max=spec.num_groups - 1), unit)
+        else:
+            groups[number] = _groups(spec, each, device)
+    for length in {len(group) for group in groups.values()}:  # some may be stored without the padding that others have
+        numbers = [number for number, group in groups.items() if len(group) == length]
+        stacked = torch.stack([groups[number] for number in numbers])
+        found.update(zip(numbers, _sorted(specs[numbers[0]], stacked, unit, multiple), strict=True))
+    longest = max(order.rows for order in found.values())
+    return [found[number].padded(longest) for number in range(len(specs))]
+
+
+def _sorted(spec: QuantSpec, group: torch.Tensor, unit: int, multiple: int) -> list[RowOrder]:
+    """The row orders of projections that differ only in the groups of their rows: int64 [projections, rows]."""
+    stored, (projections, own), device = stored_rows(spec), group.shape, group.device
     by_group = torch.argsort(group, stable=True)
-    sorted_group = group[by_group]
-    counts = torch.bincount(group, minlength=spec.num_groups)
+    sorted_group = group.gather(1, by_group)
+    counts = torch.zeros(projections, spec.num_groups, dtype=torch.int64, device=device)
+    counts.scatter_add_(1, group, torch.ones_like(group))
     units = (counts + unit - 1).div(unit, rounding_mode="floor").clamp(min=1)
-    first_place = (units.cumsum(0) - units) * unit
-    rank = torch.arange(len(group), device=device) - (counts.cumsum(0) - counts)[sorted_group]
-    rest = torch.arange(len(group), stored, device=device)  # codes that fill up the last words, and have no group
-    used = int(units.sum()) * unit
-    # They go where groups leave places free: a unit of their own would belong to a group that does not exist.
-    rows = -(-max(used, stored) // multiple) * multiple
-    order = torch.full((rows,), NO_ROW, dtype=torch.int32, device=device)
-    order[first_place[sorted_group] + rank] = by_group.to(torch.int32)
-    order[(order == NO_ROW).nonzero()[: len(rest), 0]] = rest.to(torch.int32)
-    padding = torch.full(((rows - used) // unit,), spec.num_groups - 1, device=device)
-    return RowOrder(order, torch.cat((torch.repeat_interleave(units), padding)), unit)
+    last_unit = units.cumsum(1)
+    # From a row's number in the sorted order to its place.
+    shift = (last_unit - units) * unit - (counts.cumsum(1) - counts)
+    place = torch.arange(own, device=device) + shift.gather(1, sorted_group)
+    rows = -(-max(int(last_unit.max()) * unit, stored) // multiple) * multiple
+    order = torch.full((projections, rows), NO_ROW, dtype=torch.int32, device=device)
+    order.scatter_(1, place, by_group.to(torch.int32))
+    if own < stored:  # codes that fill up the last words, and have no group
+        # They go where groups leave places free: a unit of their own would belong to a group that does not exist.
+        is_free = order == NO_ROW
+        row = is_free.cumsum(1) + (own - 1)
+        order = torch.where(is_free & (row < stored), row, order).to(torch.int32)
+    unit_number = torch.arange(rows // unit, device=device).expand(projections, -1)
+    unit_group = torch.searchsorted(last_unit, unit_number.contiguous(), right=True).clamp(max=spec.num_groups - 1)
+    return [RowOrder(*each, unit) for each in zip(order, unit_group, strict=True)]
 
 
 def common_unit(spec: QuantSpec, g_idx: torch.Tensor | None, units: Sequence[int]) -> int:

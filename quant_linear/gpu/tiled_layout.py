@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from graftq.quant_linear.gpu.split_counters import reserve
 from graftq.quant_linear.gpu.tile_words import ATOM_K, from_tiles, to_tiles
 from graftq.quant_linear.layouts import GptqTensors, Packed
 from graftq.quant_linear.packing import zero_points
-from graftq.quant_linear.row_order import RowOrder, has_even_groups, order_rows
+from graftq.quant_linear.row_order import RowOrder, has_even_groups, order_alike
 from graftq.quant_linear.spec import QuantSpec
 
 PADDED_N = 128
@@ -107,8 +108,15 @@ class TiledLayout:
             device: Where to make the tensors.
             in_units: Whether each group is padded to whole units of 16 rows.
         """
-        unit = UNIT if in_units or self.spec.num_groups == 1 else min(self.spec.group_size, ATOM_K)
-        return order_rows(self.spec, g_idx, unit, device, multiple=ATOM_K)
+        return self.row_orders([self.spec], [g_idx], device, in_units)[0]
+
+    @staticmethod
+    def row_orders(
+        specs: Sequence[QuantSpec], g_idx: Sequence[torch.Tensor | None], device: torch.device, in_units: bool
+    ) -> list[RowOrder]:
+        """:meth:`row_order` of projections of one size; padded to the longest."""
+        unit = UNIT if in_units or specs[0].num_groups == 1 else min(specs[0].group_size, ATOM_K)
+        return order_alike(specs, g_idx, unit, device, multiple=ATOM_K)
 
 
 def stored_zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:

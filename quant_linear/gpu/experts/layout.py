@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
-from graftq.quant_linear.gpu.experts.metadata import metadata_of, pack_metadata
+from graftq.quant_linear.gpu.experts.metadata import g_idx_on_host, metadata_of, pack_metadata
 from graftq.quant_linear.gpu.experts.row_map import StackRows
 from graftq.quant_linear.gpu.split_counters import reserve
 from graftq.quant_linear.gpu.tile_words import TILE_N, from_tiles, to_tiles
@@ -29,6 +29,9 @@ PREFIX = "tiled_"
 
 ExpertTensors = Mapping[str, GptqTensors]
 """One expert's tensors by projection."""
+
+GroupIndices = Mapping[str, torch.Tensor | None]
+"""One expert's ``g_idx`` by projection, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,18 @@ class TiledForm:
 
 @dataclass(frozen=True)
 class _RowRun:
-    """A run of a stack's rows, a multiple of 128, whose input rows have the same order.
+    """A run of a stack's rows, a multiple of 128, whose input rows have the same order; of all E experts.
 
     Attributes:
         names: The projections that the rows come from.
-        source: int64 [rows], for each row the column of these projections' stored tensors side by side, or -1.
-        order: Where the input rows go.
+        source: int64 [E, rows], for each row the column of these projections' stored tensors side by side, or -1.
+        orders: Where each expert's input rows go.
         in_units: Whether scales are stored per unit.
     """
 
     names: tuple[str, ...]
     source: torch.Tensor
-    order: RowOrder
+    orders: Sequence[RowOrder]
     in_units: bool
 
 
@@ -95,22 +98,24 @@ class TiledExpertsLayout:
         ]
         reserve(experts[0][self.spec.names[0]].qweight.device)
         metadata = pack_metadata(self.spec, experts)
+        g_idx = g_idx_on_host(self.spec, experts, metadata)
         form = TiledForm(
-            self._can_fuse(experts),
-            self._needs_units(self.rows.up_names, experts),
-            self._needs_units(("down_proj",), experts),
+            self._can_fuse(g_idx),
+            self._needs_units(self.rows.up_names, g_idx),
+            self._needs_units(("down_proj",), g_idx),
         )
         up, down, packed = self._arrange(experts, form)
-        for expert, runs in enumerate(zip(up, down, strict=True)):
+        stacks = {"up": up, "down": down}
+        for stack, runs in stacks.items():
+            packed |= {f"{PREFIX}{stack}_{name}": tensor for name, tensor in self._pack_small(experts, runs).items()}
+        for expert in range(self.spec.num_experts):
             stored = experts[expert]
             experts[expert] = {}
-            for stack, stack_runs in zip(("up", "down"), runs, strict=True):
-                for name, tensor in self._pack_stack(stored, expert, stack_runs).items():
+            for stack, runs in stacks.items():
+                for name, tensor in self._pack_codes(stored, expert, runs).items():
                     key = f"{PREFIX}{stack}_{name}"
                     if key not in packed:
                         packed[key] = tensor.new_empty(self.spec.num_experts, *tensor.shape)
-                    # A dtype that holds every expert's, should they differ.
-                    packed[key] = packed[key].to(torch.promote_types(packed[key].dtype, tensor.dtype))
                     packed[key][expert] = tensor
         return Packed(packed | {f"{PREFIX}{name}": tensor for name, tensor in metadata.items()}, form)
 
@@ -148,96 +153,88 @@ class TiledExpertsLayout:
         """Which row holds what."""
         return StackRows(self.spec)
 
-    def _can_fuse(self, experts: Sequence[ExpertTensors]) -> bool:
+    def _can_fuse(self, g_idx: Sequence[GroupIndices]) -> bool:
         """Whether the activation has a name, and each expert's gate and up read their input in the same order."""
         first, *others = self.rows.up_names
         return self.spec.activation is not None and all(
-            can_multiply_as_one(
-                self.spec.of(first)[expert], stored[first].g_idx, self.spec.of(other)[expert], stored[other].g_idx
-            )
+            can_multiply_as_one(self.spec.of(first)[expert], own[first], self.spec.of(other)[expert], own[other])
             for other in others
-            for expert, stored in enumerate(experts)
+            for expert, own in enumerate(g_idx)
         )
 
-    def _needs_units(self, names: tuple[str, ...], experts: Sequence[ExpertTensors]) -> bool:
+    def _needs_units(self, names: tuple[str, ...], g_idx: Sequence[GroupIndices]) -> bool:
         """Whether any of the stack's projections has groups that no kernel knows; then all are stored in units."""
         return any(
-            TiledLayout(self.spec.of(name)[expert]).needs_units(stored[name].g_idx)
+            TiledLayout(self.spec.of(name)[expert]).needs_units(own[name])
             for name in names
-            for expert, stored in enumerate(experts)
+            for expert, own in enumerate(g_idx)
         )
 
     def _arrange(
         self, experts: Sequence[ExpertTensors], form: TiledForm
-    ) -> tuple[list[list[_RowRun]], list[list[_RowRun]], dict[str, torch.Tensor]]:
-        """Both stacks' runs of rows per expert, and the tensors that say how rows are ordered."""
-        device = experts[0]["down_proj"].qweight.device
-        down = self._row_orders(("down_proj",), experts, form.down_in_units)
-        up = self._row_orders(self.rows.up_names, experts, form.up_in_units)
-        orders = {"up": _stacked_orders([each[:1] if form.is_fused else each for each in up])}
-        if not form.is_fused:
-            orders["down"] = _stacked_orders(down)
-        columns: list[torch.Tensor] = []
-        up_runs: list[list[_RowRun]] = []
-        for expert, each in enumerate(up):
-            if form.is_fused:
-                columns.append(self.rows.fused_columns(expert, down[expert][0], device))
-                source = self.rows.fused_source(columns[-1], expert)
-                up_runs.append([_RowRun(self.rows.up_names, source, each[0], form.up_in_units)])
-            else:
-                named = zip(self.rows.up_names, each, strict=True)
-                up_runs.append([self._run(name, expert, order, form.up_in_units, device) for name, order in named])
-        down_runs = [
-            [self._run("down_proj", expert, each[0], form.down_in_units, device)] for expert, each in enumerate(down)
-        ]
-        packed = {f"{PREFIX}{stack}_order": order for stack, order in orders.items() if order is not None}
+    ) -> tuple[list[_RowRun], list[_RowRun], dict[str, torch.Tensor]]:
+        """Both stacks' runs of rows, and the tensors that say how rows are ordered."""
+        names = self.rows.up_names
+        (down,) = self._row_orders(("down_proj",), experts, form.down_in_units)
+        up = self._row_orders(names[:1] if form.is_fused else names, experts, form.up_in_units)
+        up_order, down_order = _stacked_orders(up), _stacked_orders([down])
+        orders = {"up_order": up_order, "up_columns": None, "down_order": down_order}
         if form.is_fused:
-            packed[f"{PREFIX}up_columns"] = torch.stack(columns)
-        return up_runs, down_runs, packed
+            value = _in_order(down)[None] if down_order is None else down_order[:, 0]
+            columns = self.rows.fused_columns(value.expand(len(experts), -1))
+            orders |= {"up_columns": columns, "down_order": None}
+            up_runs = [_RowRun(names, self.rows.fused_source(columns), up[0], form.up_in_units)]
+        else:
+            up_runs = [self._run(name, each, form.up_in_units) for name, each in zip(names, up, strict=True)]
+        packed = {f"{PREFIX}{name}": tensor for name, tensor in orders.items() if tensor is not None}
+        return up_runs, [self._run("down_proj", down, form.down_in_units)], packed
 
-    def _run(self, name: str, expert: int, order: RowOrder, in_units: bool, device: torch.device) -> _RowRun:
+    def _run(self, name: str, orders: Sequence[RowOrder], in_units: bool) -> _RowRun:
         """A projection by itself."""
-        return _RowRun((name,), self.rows.split_source(name, expert, device), order, in_units)
+        source = self.rows.split_source(name, orders[0].unit_group.device)
+        return _RowRun((name,), source.expand(len(orders), -1), orders, in_units)
 
     def _row_orders(
         self, names: tuple[str, ...], experts: Sequence[ExpertTensors], in_units: bool
     ) -> list[list[RowOrder]]:
-        """The row orders of some projections of all experts, padded to the longest."""
+        """The row orders of some projections, of all experts each, padded to the longest."""
         found = [
-            [
-                TiledLayout(self.spec.of(name)[expert]).row_order(
-                    stored[name].g_idx, stored[name].qweight.device, in_units
-                )
-                for name in names
-            ]
-            for expert, stored in enumerate(experts)
+            TiledLayout.row_orders(
+                self.spec.of(name),
+                [stored[name].g_idx for stored in experts],
+                experts[0][name].qweight.device,
+                in_units,
+            )
+            for name in names
         ]
-        rows = max(order.rows for each in found for order in each)
-        return [[order.padded(rows) for order in each] for each in found]
+        rows = max(orders[0].rows for orders in found)
+        return [[order.padded(rows) for order in orders] for orders in found]
 
-    def _pack_stack(self, stored: ExpertTensors, expert: int, runs: list[_RowRun]) -> dict[str, torch.Tensor]:
-        """One expert's tensors of one stack, all but the order."""
-        tiles: list[dict[str, torch.Tensor]] = []
-        scales, zeros = [], []
-        stack_names = tuple(name for run in runs for name in run.names)
-        is_sym = all(spec.sym for name in stack_names for spec in self.spec.of(name))
+    def _pack_codes(self, stored: ExpertTensors, expert: int, runs: Sequence[_RowRun]) -> dict[str, torch.Tensor]:
+        """One expert's tiles of one stack."""
+        tiles = []
         for run in runs:
-            specs = {name: self.spec.of(name)[expert] for name in run.names}
+            bits = self.spec.of(run.names[0])[expert].bits
             qweight = _side_by_side([stored[name].qweight for name in run.names])
-            tiles.append(to_tiles(qweight, specs[run.names[0]].bits, run.order, run.source))
-            real, source = run.source >= 0, run.source.clamp(min=0)
-            rows = run.order.unit_group if run.in_units else slice(None)
-            scale = _side_by_side([stored[name].scales for name in run.names])
-            scales.append(torch.where(real, scale[:, source], 0)[rows])
-            if not is_sym:
-                zero = _side_by_side([stored_zeros(stored[name], spec) for name, spec in specs.items()])
-                zeros.append(torch.where(real, zero[:, source], 0)[rows])
-        packed = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
-        packed["scales"] = _side_by_side(scales)
-        if not is_sym:
-            packed["zeros"] = _side_by_side(zeros).view(torch.int32)
-        if any(spec.has_bias for name in stack_names for spec in self.spec.of(name)):
-            packed["bias"] = self._bias(stored, expert, stack_names)
+            tiles.append(to_tiles(qweight, bits, run.orders[expert], run.source[expert]))
+        return tiles[0] if len(tiles) == 1 else {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
+
+    def _pack_small(self, experts: Sequence[ExpertTensors], runs: Sequence[_RowRun]) -> dict[str, torch.Tensor]:
+        """Scales, zero points and biases of one stack, of all experts at once."""
+        names = tuple(name for run in runs for name in run.names)
+        specs = {name: self.spec.of(name) for name in names}
+        scales = [_rearranged([stored[name].scales for stored in experts for name in run.names], run) for run in runs]
+        packed = {"scales": _side_by_side(scales)}
+        if not all(spec.sym for of in specs.values() for spec in of):
+            zeros = [
+                [stored_zeros(stored[name], specs[name][e]) for e, stored in enumerate(experts) for name in run.names]
+                for run in runs
+            ]
+            rearranged = [_rearranged(each, run) for each, run in zip(zeros, runs, strict=True)]
+            packed["zeros"] = _side_by_side(rearranged).view(torch.int32)
+        if any(spec.has_bias for of in specs.values() for spec in of):
+            biases = [self._bias(stored, expert, names) for expert, stored in enumerate(experts)]
+            packed["bias"] = _side_by_side(biases).view(len(experts), -1)
         return packed
 
     def _bias(self, stored: ExpertTensors, expert: int, names: tuple[str, ...]) -> torch.Tensor:
@@ -253,15 +250,29 @@ class TiledExpertsLayout:
         return whole
 
 
+def _rearranged(stored: Sequence[torch.Tensor], run: _RowRun) -> torch.Tensor:
+    """Tensors [groups, columns] of a run's projections, expert by expert, as the stack has them: [E, groups, rows]."""
+    together, experts = _side_by_side(stored), len(run.orders)
+    columns, device = together.shape[1], together.device
+    first = torch.arange(0, columns, columns // experts, device=device)[:, None]
+    groups = torch.arange(len(together), device=device)[None]
+    if run.in_units:
+        groups = torch.stack([order.unit_group for order in run.orders])
+    chosen = together[groups[:, :, None], (run.source.clamp(min=0) + first)[:, None]]
+    return torch.where((run.source >= 0)[:, None], chosen, 0)
+
+
 def _stacked_orders(orders: Sequence[Sequence[RowOrder]]) -> torch.Tensor | None:
-    """All experts' orders, int32 [E, parts, rows]; None if nothing moves anywhere."""
-    if all(each.order is None for parts in orders for each in parts):
+    """All experts' orders of each part, int32 [E, parts, rows]; None if nothing moves anywhere."""
+    if all(each.order is None for part in orders for each in part):
         return None
-    moved = next(each.order for parts in orders for each in parts if each.order is not None)
-    unmoved = torch.arange(len(moved), dtype=torch.int32, device=moved.device)
-    return torch.stack(
-        [torch.stack([unmoved if each.order is None else each.order for each in parts]) for parts in orders]
-    )
+    places = [[_in_order(part) if each.order is None else each.order for each in part] for part in orders]
+    return torch.stack([torch.stack(part) for part in places], 1)
+
+
+def _in_order(orders: Sequence[RowOrder]) -> torch.Tensor:
+    """The order of rows that have not moved, int32 [rows]; as many as these have."""
+    return torch.arange(orders[0].rows, dtype=torch.int32, device=orders[0].unit_group.device)
 
 
 def _side_by_side(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

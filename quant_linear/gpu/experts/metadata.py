@@ -33,6 +33,19 @@ def pack_metadata(spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]
     return kept | ({"g_idx": torch.cat(g_idx)} if g_idx else {})
 
 
+def g_idx_on_host(
+    spec: ExpertsSpec, experts: Sequence[Mapping[str, GptqTensors]], metadata: Mapping[str, torch.Tensor]
+) -> list[dict[str, torch.Tensor | None]]:
+    """Each expert's ``g_idx`` by projection, copied to the CPU at once: what they decide is decided there.
+
+    Each look at a value on a GPU waits for all that the GPU has been given to do.
+    """
+    stored = [tensors[name].g_idx for tensors in experts for name in spec.names]
+    lengths = [len(g_idx) for g_idx in stored if g_idx is not None]
+    copies = iter(metadata["g_idx"].cpu().split(lengths) if lengths else ())
+    return [{name: None if each[name].g_idx is None else next(copies) for name in spec.names} for each in experts]
+
+
 def metadata_of(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], name: str, expert: int) -> StoredMetadata:
     """A copy of one projection's part of what :func:`pack_metadata` returned."""
     number, own = spec.names.index(name), spec.of(name)[expert]

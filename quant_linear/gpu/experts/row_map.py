@@ -13,7 +13,7 @@ import torch
 
 from graftq.quant_linear.experts_spec import ExpertsSpec
 from graftq.quant_linear.gpu.tiled_layout import columns_of, padded_rows
-from graftq.quant_linear.row_order import NO_ROW, RowOrder
+from graftq.quant_linear.row_order import NO_ROW
 
 HALF_FRAGMENT = 8
 """In the fused form, this many rows of gate alternate with as many of up."""
@@ -52,41 +52,41 @@ class StackRows:
             [inputs, torch.arange(2 * inner, 2 * inner + padded_out - inner) + is_up * (padded_out - inner)]
         )
 
-    def fused_columns(self, expert: int, down: RowOrder, device: torch.device) -> torch.Tensor:
-        """The column of each row of the fused form: int32 [rows], :data:`NO_ROW` for padding.
+    def fused_columns(self, value: torch.Tensor) -> torch.Tensor:
+        """The column of each row of the fused form: int32 [E, rows], :data:`NO_ROW` for padding.
 
         Args:
-            expert: Its number.
-            down: Where the rows' values go as ``down_proj``'s inputs.
-            device: Where the result is made.
+            value: int32 [E, places], the input of ``down_proj`` at each of its places.
         """
-        inner = self.intermediate
-        place = torch.arange(down.rows, device=device)
-        value = place if down.order is None else down.order.long()
+        inner, device = self.intermediate, value.device
+        experts, places = value.shape
+        value = value.long()
         gates = 1 + self.spec.is_gated
-        total = sum(self.spec.of(name)[expert].padded_out for name in self.up_names)
+        total = sum(self.spec.of(name)[0].padded_out for name in self.up_names)
         extra = torch.arange(gates * inner, total, device=device)
-        used = gates * down.rows
-        columns = torch.full((padded_rows(used + len(extra)),), NO_ROW, dtype=torch.int64, device=device)
-        columns[used : used + len(extra)] = extra
+        used = gates * places
+        columns = torch.full((experts, padded_rows(used + len(extra))), NO_ROW, dtype=torch.int64, device=device)
+        columns[:, used : used + len(extra)] = extra
         if not self.spec.is_gated:
-            columns[:used] = torch.where(value < inner, value, NO_ROW)
+            columns[:, :used] = torch.where(value < inner, value, NO_ROW)
             return columns.to(torch.int32)
-        gate_row = place // HALF_FRAGMENT * (2 * HALF_FRAGMENT) + place % HALF_FRAGMENT
         gate, up = (value, value + inner) if self.spec.is_concatenated else (2 * value, 2 * value + 1)
-        columns[gate_row] = torch.where(value < inner, gate, NO_ROW)
-        columns[gate_row + HALF_FRAGMENT] = torch.where(value < inner, up, NO_ROW)
+        pairs = columns[:, :used].unflatten(1, (-1, 2, HALF_FRAGMENT))
+        for half, column in enumerate((gate, up)):
+            pairs[:, :, half] = torch.where(value < inner, column, NO_ROW).unflatten(1, (-1, HALF_FRAGMENT))
         return columns.to(torch.int32)
 
-    def fused_source(self, columns: torch.Tensor, expert: int) -> torch.Tensor:
+    def fused_source(self, columns: torch.Tensor) -> torch.Tensor:
         """For each row of the fused form, its index among the stack's stored columns side by side; -1 for padding."""
-        columns_stored = torch.cat([self.columns(name, expert) for name in self.up_names]).to(columns.device)
-        place = torch.argsort(columns_stored)
+        stored = torch.cat([self.columns(name, 0) for name in self.up_names])
+        place = torch.empty_like(stored)
+        place[stored] = torch.arange(len(stored))
+        place = place.to(columns.device)
         return torch.where(columns != NO_ROW, place[columns.clamp(max=len(place) - 1).long()], -1)
 
-    def split_source(self, name: str, expert: int, device: torch.device) -> torch.Tensor:
-        """For each row of a projection in the split form, its stored column; -1 for padding."""
-        padded_out = self.spec.of(name)[expert].padded_out
+    def split_source(self, name: str, device: torch.device) -> torch.Tensor:
+        """For each row of a projection in the split form, its stored column; -1 for padding: int64 [rows]."""
+        padded_out = self.spec.of(name)[0].padded_out
         return columns_of(padded_out, padded_rows(padded_out) if name == "down_proj" else self.part_rows, device)
 
     def holding(self, name: str, expert: int, columns: torch.Tensor | None, device: torch.device) -> torch.Tensor:
