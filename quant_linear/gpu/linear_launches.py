@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftq.quant_linear.gpu.dequantized_weights import TiledWeights, dequantized_runs
 from graftq.quant_linear.gpu.devices import device_of, program_for, row_stride
-from graftq.quant_linear.gpu.split_counters import counters
+from graftq.quant_linear.gpu.operands import SplitSpace, bias_name, weight_names
 from graftq.quant_linear.gpu.tile_heuristics import Tile, choose
 from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.kernels.gather import gather_kernel
@@ -179,13 +179,13 @@ class _FusedProduct:
         (m, k, stride), n, atoms = rows, spec.out_features, key.atoms
         overlap = gather is not None and gather.overlap
         self._device = key.device
-        self._tiles = -(-n // tile.rows) * (1 if tile.tokens == 1 else -(-m // tile.tokens))
-        self._is_split = tile.splits > 1
+        tiles = -(-n // tile.rows) * (1 if tile.tokens == 1 else -(-m // tile.tokens))
+        self._space = SplitSpace.of("", tile.splits * m * n if tile.splits > 1 else 0, tiles)
         program = program_for(key.device, spec.bits, key.dtype, spec.sym)
         weights = (spec.bits, group, spec.sym, program, key.bias_dtype is not None)
         strides = (key.scale_stride, 2 * key.zero_stride)
         mask_k = k < atoms * 128
-        grid, options = (self._tiles, tile.splits, 1), tile.options(overlap)
+        grid, options = (tiles, tile.splits, 1), tile.options(overlap)
         constants: tuple[object, ...]
         if tile.tokens == 1:
             constants = (*weights, mask_k, overlap, tile.rows, tile.unroll, tile.splits)
@@ -196,28 +196,21 @@ class _FusedProduct:
             constants = (*weights, *masks, tile.scale_weights, m > tile.tokens, overlap, *shape)
             integers = (m, n, k, atoms, key.scale_rows, stride, *strides)
             launch = Launch(matrix_kernel, grid, integers, constants, options)
-        parts, steps = {}, []
+        parts, steps = self._space.parts, []
         if gather is not None:
             parts["gathered"] = gather.gathered
             steps.append((gather.launch(), ("x", "order", "gathered")))
-        if self._is_split:
-            parts["partials"] = Part(tile.splits * m * n, torch.float32)
-        # Any tensor for those that are absent: the kernel does not touch them.
         operands = (
             "x" if gather is None else "gathered",
-            "codes",
-            "high" if spec.bits == 3 else "codes",
-            "scales",
-            "codes" if spec.sym else "zeros",
-            "scales" if key.bias_dtype is None else "bias",
+            *weight_names("", spec.bits, spec.sym),
+            bias_name("", key.bias_dtype is not None),
             "out",
-            *(("partials", "arrivals") if self._is_split else ("codes", "codes")),
+            *self._space.names,
         )
         self._launches = LaunchSequence(_TENSORS, parts, [*steps, (launch, operands)])
 
     def run(self, x: Tensor, weights: TiledWeights, out: Tensor) -> None:
-        arrivals = counters(self._device, self._tiles) if self._is_split else None
-        self._launches(x, *weights, out, arrivals)
+        self._launches(x, *weights, out, self._space.counters(self._device))
 
 
 class _DequantizedProduct:

@@ -23,6 +23,7 @@ from graftq.quant_linear.gpu.experts.launches import (
 from graftq.quant_linear.gpu.experts.ops import rows_of, stack_schema
 from graftq.quant_linear.gpu.experts.stacks import Stack, StackKind
 from graftq.quant_linear.gpu.experts.tile_heuristics import choose_tokens
+from graftq.quant_linear.gpu.operands import weight_names
 from graftq.quant_linear.kernels.dequant import dequantize_kernel
 from graftq.quant_linear.kernels.launch import Launch, LaunchSequence
 from graftq.quant_linear.spec import QuantSpec
@@ -122,7 +123,8 @@ def _dequantized(stack: Stack, spec: QuantSpec, expert: int, dtype: torch.dtype)
     """One expert's weights [64 * tiles, 128 * atoms] in ``dtype``, inputs in packed order."""
     kind = StackKind.of(stack)
     out = torch.empty(kind.codes[1] * 64, kind.atoms * 128, dtype=dtype, device=kind.device)
-    _dequantize_launch(kind, spec.signature, dtype)(*(tensor[expert] for tensor in stack.weights), out)
+    names = weight_names("", spec.bits, kind.is_symmetric)
+    _dequantize_launch(kind, spec.signature, dtype)(*(getattr(stack, name)[expert] for name in names), out)
     return out
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from graftq.quant_linear.activations import Activation
 from graftq.quant_linear.gpu.devices import device_of
-from graftq.quant_linear.gpu.experts.stacks import StackKind, bias_name, column_name, weight_names
+from graftq.quant_linear.gpu.experts.stacks import StackKind, column_name
 from graftq.quant_linear.gpu.experts.tile_heuristics import (
     choose_matrix,
     choose_sweep,
@@ -21,7 +20,7 @@ from graftq.quant_linear.gpu.experts.tile_heuristics import (
     slots_per_expert,
     tiles_bound,
 )
-from graftq.quant_linear.gpu.split_counters import counters
+from graftq.quant_linear.gpu.operands import SplitSpace, bias_name, weight_names
 from graftq.quant_linear.gpu.tile_heuristics import Tile
 from graftq.quant_linear.kernels.experts_gemm import experts_matrix_kernel
 from graftq.quant_linear.kernels.experts_prepare import prepare_kernel
@@ -34,35 +33,6 @@ def formula_constants(activation: Activation | None, is_gated: bool) -> tuple[ob
     if activation is None:
         return "", 0.0, 0.0, False
     return activation.name, activation.alpha, activation.limit, is_gated
-
-
-class SplitSpace(NamedTuple):
-    """The partial sums and arrival counters that a launch needs for its splits of K.
-
-    Attributes:
-        partials: float32 partial sums; 0 if there is one split.
-        arrivals: Counters.
-        names: What launches call both; other tensors' if there is one split.
-    """
-
-    partials: int
-    arrivals: int
-    names: tuple[str, str]
-
-    @staticmethod
-    def of(prefix: str, partials: int, arrivals: int) -> SplitSpace:
-        """For the product with the stack of that prefix."""
-        names = ("partials", "arrivals") if partials else ("scales", "codes")
-        return SplitSpace(partials, arrivals, (prefix + names[0], prefix + names[1]))
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """Of the workspace."""
-        return {self.names[0]: Part(self.partials, torch.float32)} if self.partials else {}
-
-    def counters(self, device: torch.device) -> Tensor | None:
-        """For a launch on the current stream."""
-        return counters(device, self.arrivals) if self.partials else None
 
 
 class InputRows(NamedTuple):
@@ -213,6 +183,6 @@ class MatrixProduct:
             tile.options(overlap),
         )  # fmt: skip
         columns = prefix + "codes" if activation is None else column_name(prefix, kind)
-        weights = weight_names(prefix, kind, spec.bits)
-        biases = (bias_name(prefix, kind), columns)
+        weights = weight_names(prefix, spec.bits, kind.is_symmetric)
+        biases = (bias_name(prefix, kind.bias is not None), columns)
         self.step: Step = (launch, (prepared.x, *weights, *biases, *prepared.routing, out, *self.space.names))

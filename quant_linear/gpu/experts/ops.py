@@ -28,17 +28,14 @@ from graftq.quant_linear.gpu.experts.launches import (
     MatrixProduct,
     Preparation,
     PreparedRows,
-    SplitSpace,
     formula_constants,
     matrix_tile,
 )
 from graftq.quant_linear.gpu.experts.stacks import (
     Stack,
     StackKind,
-    bias_name,
     column_name,
     stack_names,
-    weight_names,
 )
 from graftq.quant_linear.gpu.experts.tile_heuristics import (
     TOKENS_AT_ONCE,
@@ -46,6 +43,7 @@ from graftq.quant_linear.gpu.experts.tile_heuristics import (
     choose_vector,
     has_vector_form,
 )
+from graftq.quant_linear.gpu.operands import SplitSpace, bias_name, weight_names
 from graftq.quant_linear.gpu.tiled_layout import TiledLayout
 from graftq.quant_linear.kernels.experts_gemv import down_vector_kernel, up_vector_kernel
 from graftq.quant_linear.kernels.experts_sum import weighted_sum_kernel
@@ -202,8 +200,10 @@ class OneToken:
             (*down.constants(form.down, key.dtype), overlap, tile.rows, tile.unroll, tile.splits, top_k),
             tile.options(overlap),
         )
-        up_operands = (*weight_names("up_", up, form.up.bits), bias_name("up_", up), column_name("up_", up), "hidden")
-        down_operands = (*weight_names("down_", down, form.down.bits), bias_name("down_", down), "out")
+        up_weights = weight_names("up_", form.up.bits, up.is_symmetric)
+        up_operands = (*up_weights, bias_name("up_", up.bias is not None), column_name("up_", up), "hidden")
+        down_weights = weight_names("down_", form.down.bits, down.is_symmetric)
+        down_operands = (*down_weights, bias_name("down_", down.bias is not None), "out")
         parts = {"hidden": Part(top_k * inner, key.dtype), **self._up_space.parts, **self._down_space.parts}
         steps = (
             *prepare.steps,
@@ -255,7 +255,7 @@ class SeveralTokens:
             # Without splits a sum over K is complete, and may be rounded to the activations' dtype.
             "summands": Part(tile.splits * slots * n, torch.float32 if tile.splits > 1 else key.dtype),
         }
-        sum_operands = ("summands", "index", "weights", bias_name("down_", down), "out")
+        sum_operands = ("summands", "index", "weights", bias_name("down_", down.bias is not None), "out")
         self._launches = LaunchSequence(
             _TENSORS,
             prepare.parts | parts | self._up_space.parts,

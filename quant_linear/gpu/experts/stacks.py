@@ -33,12 +33,6 @@ class Stack(NamedTuple):
     columns: Tensor | None
     bias: Tensor | None
 
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        """Codes, high, scales and zeros; any other tensor for one that is absent, which the kernels do not read."""
-        codes, high, scales, zeros = self[:4]
-        return codes, codes if high is None else high, scales, codes if zeros is None else zeros
-
 
 class StackKind(NamedTuple):
     """All that a launch depends on of a stack but the tensors' addresses.
@@ -107,17 +101,6 @@ def stack_names(prefix: str) -> tuple[str, ...]:
     return tuple(prefix + name for name in Stack._fields)
 
 
-def weight_names(prefix: str, kind: StackKind, bits: int) -> tuple[str, ...]:
-    """Codes, high, scales and zeros; any other tensor for one that is absent, which the kernels do not read."""
-    names = ("codes", "high" if bits == 3 else "codes", "scales", "codes" if kind.is_symmetric else "zeros")
-    return tuple(prefix + name for name in names)
-
-
-def bias_name(prefix: str, kind: StackKind) -> str:
-    """The bias, likewise."""
-    return prefix + ("scales" if kind.bias is None else "bias")
-
-
 def column_name(prefix: str, kind: StackKind) -> str:
-    """Its columns, likewise; for the first stack, which has them wherever there is a bias."""
+    """The columns of the bias; for the first stack, which has them wherever there is a bias."""
     return prefix + ("codes" if kind.bias is None else "columns")
