@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-BATCH_TOKENS = {"cpu": 4096}
-"""Tokens that run through a block at once, where rows are of one length, by type of device."""
+CPU_TOKENS = 4096
+"""Tokens that run through a block at once on a CPU, where rows are of one length."""
 
-MANY_TOKENS = 16384
-"""Likewise on devices that are not named: each of many experts gets enough to keep a GPU busy."""
+GPU_TOKENS = 16384
+"""Likewise on any other device: each of many experts gets enough to keep a GPU busy."""
 
 
 def token_rows(data: Any, tokenizer: Any = None, longest: int = 2048, limit: int | None = None) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def batches(rows: Iterable[torch.Tensor], least: int = 1, device: torch.device |
         least: As many rows in a batch, where so many have one length.
         device: Where they will run.
     """
-    most = BATCH_TOKENS.get(torch.device(device).type, MANY_TOKENS)
+    most = CPU_TOKENS if torch.device(device).type == "cpu" else GPU_TOKENS
     by_length: dict[int, list[torch.Tensor]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)

@@ -178,15 +178,15 @@ class TiledExpertsLayout:
         (down,) = self._row_orders(("down_proj",), experts, form.down_in_units)
         up = self._row_orders(names[:1] if form.is_fused else names, experts, form.up_in_units)
         up_order, down_order = _stacked_orders(up), _stacked_orders([down])
-        orders = {"up_order": up_order, "up_columns": None, "down_order": down_order}
+        tensors = {"up_order": up_order}
         if form.is_fused:
             value = _in_order(down)[None] if down_order is None else down_order[:, 0]
-            columns = self.rows.fused_columns(value.expand(len(experts), -1))
-            orders |= {"up_columns": columns, "down_order": None}
+            tensors["up_columns"] = columns = self.rows.fused_columns(value.expand(len(experts), -1))
             up_runs = [_RowRun(names, self.rows.fused_source(columns), up[0], form.up_in_units)]
         else:
+            tensors["down_order"] = down_order
             up_runs = [self._run(name, each, form.up_in_units) for name, each in zip(names, up, strict=True)]
-        packed = {f"{PREFIX}{name}": tensor for name, tensor in orders.items() if tensor is not None}
+        packed = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
         return up_runs, [self._run("down_proj", down, form.down_in_units)], packed
 
     def _run(self, name: str, orders: Sequence[RowOrder], in_units: bool) -> _RowRun:
