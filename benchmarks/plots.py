@@ -5,26 +5,44 @@ python benchmarks/plots.py                        # needs matplotlib, no GPU
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from tables import recorded, results, save_with_legend, time_panel
+from tables import head, recorded, results, save_with_legend, time_panel
 
 DOCS = Path(__file__).parents[1] / "docs"
 LAYERS = ("4096x28672", "8192x8192", "14336x4096", "4096x6144", "4096x4096")
 EXPERTS = ("Mixtral-8x7B", "Qwen3-30B-A3B")
 GRAFTQ, PEER, PLAIN = "#1b6ca8", "#b9b9b9", "#d9a441"
-SERVERS = (
-    ("vLLM with graftq,\nact-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "yes", "1")),
-    ("vLLM alone (Marlin),\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "1")),
-    ("transformers with graftq,\nact-order", PLAIN, ("transformers", "static cache", "graftq", "yes", "1")),
-    ("2 GPUs: vLLM with graftq,\nno act-order", GRAFTQ, ("vLLM 0.30.0", "compiled", "graftq", "no", "2")),
-    ("2 GPUs: vLLM alone,\nno act-order", PEER, ("vLLM 0.30.0", "compiled", "vLLM's Marlin", "no", "2")),
+H100_SERVERS = (
+    (
+        "vLLM with graftq,\nact-order",
+        GRAFTQ,
+        {"engine": "vLLM 0.30.0", "mode": "compiled", "weights": "graftq", "act_order": "yes", "gpus": "1"},
+    ),
+    (
+        "vLLM alone (Marlin),\nno act-order",
+        PEER,
+        {"engine": "vLLM 0.30.0", "mode": "compiled", "weights": "vLLM's Marlin", "act_order": "no", "gpus": "1"},
+    ),
+    (
+        "transformers with graftq,\nact-order",
+        PLAIN,
+        {"engine": "transformers", "mode": "static cache", "weights": "graftq", "act_order": "yes", "gpus": "1"},
+    ),
 )
-"""What a bar is called, its color, and the first columns of its rows, of any version unless one is given; the first
-row is the newest."""
+"""What a bar is called, its color, and what the columns of its row begin with; the first such row is the newest."""
+H200_SERVERS = tuple(
+    (f"{gpus} GPU{'s' * (gpus > 1)}: {name}", color, {"weights": weights, "act_order": act_order, "gpus": str(gpus)})
+    for gpus in (1, 2)
+    for name, color, weights, act_order in (
+        ("vLLM with graftq,\nact-order", GRAFTQ, "graftq", "1"),
+        ("vLLM alone (Marlin),\nno act-order", PEER, "Marlin", "0"),
+    )
+)
 
 
 def ours(name: str, layer: str, weights: str, kind: str) -> dict[int, float]:
@@ -55,14 +73,15 @@ def experts_panel(axis: Any, layer: str) -> None:
     time_panel(axis, f"all experts of one layer, {layer}", curves)
 
 
-def decode_panel(axis: Any, sequences: int) -> None:
-    """A bar for each server that was measured with so many sequences."""
-    rows = [tuple(row.values()) for row in results("engine_h100.csv")]
+def decode_panel(
+    axis: Any, name: str, servers: tuple[tuple[str, str, dict[str, str]], ...], column: str, sequences: int
+) -> None:
+    """A bar for each of the ``servers`` from the rows of ``name`` whose ``column`` says so many sequences."""
+    rows = [row for row in results(name) if row[column] == str(sequences)]
     bars = []
-    for name, color, wanted in SERVERS:
-        same = [row for row in rows if row[0].startswith(wanted[0]) and row[1:6] == (*wanted[1:], str(sequences))]
-        found = [float(row[6]) for row in same]
-        bars.append((name, color, found[0] if found else 0.0))
+    for title, color, wanted in servers:
+        same = (row for row in rows if all(row[key].startswith(value) for key, value in wanted.items()))
+        bars.append((title, color, float(next(same, {}).get("tokens_per_second", 0.0))))
     most = max(value for _, _, value in bars)
     for place, (_, color, value) in enumerate(bars):
         axis.barh(place, value, color=color)
@@ -91,13 +110,26 @@ def write_overview(name: str) -> None:
     grid = figure.add_gridspec(2, 6)
     for place, sequences in enumerate((1, 8, 32)):
         axis = figure.add_subplot(grid[0, 2 * place : 2 * place + 2])
-        decode_panel(axis, sequences)
+        decode_panel(axis, "engine_h100.csv", H100_SERVERS, "sequences", sequences)
         if place:
             axis.set_yticklabels([])
     for place, (panel, layer) in enumerate(((linear_panel, LAYERS[0]), (experts_panel, EXPERTS[0]))):
         axis = figure.add_subplot(grid[1, 3 * place : 3 * place + 3])
         panel(axis, layer)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=9)
+    figure.savefig(DOCS / name, dpi=110)
+
+
+def write_engine(name: str, rows: str, device: str) -> None:
+    """vLLM's whole engine with graftq and alone; the versions are those that the first lines of ``rows`` give."""
+    sizes = list(dict.fromkeys(int(row["batch"]) for row in results(rows)))
+    versions = dict.fromkeys(re.findall(r"(?:vLLM|torch|Triton) \d[\w.+]*", head(rows)))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(13, 3.6), layout="constrained")
+    for place, (axis, sequences) in enumerate(zip(axes, sizes, strict=True)):
+        decode_panel(axis, rows, H200_SERVERS, "batch", sequences)
+        if place:
+            axis.set_yticklabels([])
+    figure.suptitle(f"Mixtral-8x7B, 4-bit, group 128, fp16, on {device}: {', '.join(versions)}", fontsize=11)
     figure.savefig(DOCS / name, dpi=110)
 
 
@@ -126,6 +158,7 @@ def main() -> None:
     write_panels("linear_h100.png", LAYERS, linear_panel, rows=2)
     write_panels("experts_h100.png", EXPERTS, experts_panel)
     write_overview("results_h100.png")
+    write_engine("engine_h200.png", "engine_h200.csv", "H200")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 FEW_TOKENS = 64
 """Up to so many the weights' bytes are what takes the time, beyond it the arithmetic."""
 
+RESULTS = Path(__file__).parent / "results"
+
 Recorded = Mapping[tuple[str, str, str], Mapping[int, float]]
 """Microseconds by tokens, for each layer, implementation and kind of weights."""
 
@@ -31,8 +33,14 @@ class Row:
 
 def results(name: str) -> list[dict[str, str]]:
     """The rows of a file in ``results/``; its lines that begin with # say where they come from."""
-    lines = (Path(__file__).parent / "results" / name).read_text(encoding="utf-8").splitlines()
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def head(name: str) -> str:
+    """What a file in ``results/`` says of its rows: its lines that begin with #."""
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
 
 
 def recorded(name: str) -> Recorded:
