@@ -1,8 +1,9 @@
 """Kernels compiled while a model loads, so that no request waits for one: all that so many tokens can reach.
 
 Which kernel a call takes is a pure function of the layer's sizes and the number of tokens (``tile_heuristics``), and so
-is what Triton compiles for: constants, and whether an integer is 1, a multiple of 16, or neither. So calls are gone
-through for token counts of every class, without being run, and what they would launch is compiled, in parallel.
+is what Triton compiles for: constants, and whether a size of the layer is 1, a multiple of 16, or neither; integers
+that follow the number of tokens do not matter (``launch.VARIABLE``). So calls are gone through for enough token counts,
+without being run, and what they would launch is compiled, in parallel.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ EACH = 512
 
 def token_counts(most: int) -> list[int]:
     """Numbers of tokens from 1 to ``most`` that reach every kernel that any number in between does."""
-    steps = range(EACH, most, 8)
-    return sorted({*range(1, min(EACH, most) + 1), *steps, *(step + 1 for step in steps), most})
+    return sorted({*range(1, min(EACH, most) + 1), *range(EACH, most, 8), most})
 
 
 def compile_kernels(module: QuantLinear | QuantExperts, call: Callable[[int], object], tokens: int) -> int:

@@ -11,17 +11,18 @@ import triton.language as tl
 from graftq.quant_linear.kernels.activate import activate
 from graftq.quant_linear.kernels.epilogue import sum_splits
 from graftq.quant_linear.kernels.gemm import multiply_tile
+from graftq.quant_linear.kernels.launch import VARIABLE
 from graftq.quant_linear.kernels.unpack import halves_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIABLE)
 def experts_matrix_kernel(
     x, codes, high, scales, zeros, bias, columns, slots, tile_expert, out, partials, counters,
-    S, N, K, atoms, groups, tiles_n, tiles_m, x_stride, share, part_rows, part_stride, bias_stride,
+    S, N, K, atoms, groups, tiles_n, tiles_m, x_stride, share, part_rows, part_stride, bias_stride, sweep,
     BITS: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, PROGRAM: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, GATED: tl.constexpr,
     MASK_K: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr, SWEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N output rows of one expert for BLOCK_M of its slots, or one split of their sums; grid (tiles, SPLIT_K).
 
@@ -55,7 +56,7 @@ def experts_matrix_kernel(
         BITS, GROUP, SYM, PROGRAM, MASK_K, SCALE_WEIGHTS, KEEP, UNROLL: As in ``gemm.matrix_kernel``.
         ACTIVATION, ALPHA, LIMIT, GATED: As in ``activate.activate``; an empty name for no activation.
         OVERLAP: Whether the kernels before and after may run at the same time (programmatic dependent launch).
-        SWEEP: Tiles of slots that go through the weights together, so that those of one expert share reads.
+        sweep: Tiles of slots that go through the weights together, so that those of one expert share reads.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -63,10 +64,10 @@ def experts_matrix_kernel(
     codes, high, zeros = halves_of(codes), halves_of(high), halves_of(zeros)
     tile, split = tl.program_id(0), tl.program_id(1)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    first_m = tile // (SWEEP * blocks_n) * SWEEP
-    together = tl.minimum(tiles_m - first_m, SWEEP)
-    tile_m = first_m + tile % (SWEEP * blocks_n) % together
-    tile_n = tile % (SWEEP * blocks_n) // together
+    first_m = tile // (sweep * blocks_n) * sweep
+    together = tl.minimum(tiles_m - first_m, sweep)
+    tile_m = first_m + tile % (sweep * blocks_n) % together
+    tile_n = tile % (sweep * blocks_n) // together
     expert = tl.load(tile_expert + tile_m)
     if expert < 0:
         return

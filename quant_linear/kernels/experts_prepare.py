@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graftq.quant_linear.kernels.launch import VARIABLE
+
 
 @triton.jit
 def _route(index, slots, tile_expert, expert, experts, S, tiles, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
@@ -40,7 +42,7 @@ def _route(index, slots, tile_expert, expert, experts, S, tiles, BLOCK_M: tl.con
         tl.store(tile_expert + tile, tl.where(tile < first + used, expert, -1), mask=tile < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIABLE)
 def prepare_kernel(
     x, index, order, gathered, slots, tile_expert,
     S, K, places, parts, blocks, share, experts, tiles, x_stride,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graftq.quant_linear.kernels.launch import VARIABLE
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARIABLE)
 def weighted_sum_kernel(
     rows, index, weights, bias, out, S, N, experts, bias_stride,
     HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from graftq.quant_linear.kernels.epilogue import atoms_of_split, finish_tile, load_scales, load_zeros, scale_weights
+from graftq.quant_linear.kernels.launch import VARIABLE
 from graftq.quant_linear.kernels.unpack import halves_of, load_atoms, unpack
 
 
@@ -110,7 +111,7 @@ def multiply_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIABLE)
 def matrix_kernel(
     x, codes, high, scales, zeros, bias, out, partials, counters,
     M, N, K, atoms, groups, x_stride, scale_stride, zero_stride,

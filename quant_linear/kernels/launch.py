@@ -17,6 +17,10 @@ from triton.runtime import driver
 Options = tuple[tuple[str, "int | bool"], ...]
 """Launch options such as ``num_warps``."""
 
+VARIABLE = ("M", "S", "tiles", "tiles_m", "sweep")
+"""Integers that follow the number of tokens. No kernel is compiled for a class of them: where they are multiples of 16,
+its code would be no better, and a model would need four times as many."""
+
 
 _ahead: ContextVar[dict[Hashable, Any] | None] = ContextVar("graftq_compiles_ahead", default=None)
 """What has been compiled so far, in a context that compiles and does not run."""
@@ -47,7 +51,8 @@ class Launch:
     """A kernel with all its arguments but the tensors; calling it runs it on the current stream.
 
     Triton compiles a variant of the kernel for the dtypes, the constants, and the class of each integer (1, a multiple
-    of 16, other). The first call looks the variant up; later ones pass it the tensors' addresses without any analysis.
+    of 16, other) that is not :data:`VARIABLE`. The first call looks the variant up; later ones pass it the tensors'
+    addresses without any analysis.
     Calls with a tensor that is not 16-byte aligned go through Triton, which compiles another variant for them.
 
     Args:
@@ -111,7 +116,7 @@ class Launch:
 
     def variant(self, tensors: tuple[torch.Tensor, ...]) -> Hashable:
         """All that Triton compiles a kernel for, if the tensors are aligned."""
-        classes = tuple(1 if value == 1 else 16 * (value % 16 == 0) for value in self._integers)
+        classes = tuple(map(class_of, self._kernel.arg_names[len(tensors) :], self._integers))
         dtypes = tuple(tensor.dtype for tensor in tensors)
         return (self._kernel, dtypes, classes, self._constants, tuple(self._options.items()))
 
@@ -120,6 +125,13 @@ class Launch:
         if variant not in kernels:
             dtypes = [tensor.dtype for tensor in tensors]
             kernels[variant] = self._kernel.warmup(*dtypes, *self._arguments, grid=self._grid, **self._options)
+
+
+def class_of(name: str, value: int) -> int:
+    """What of an integer argument a kernel is compiled for."""
+    if name in VARIABLE:
+        return 0
+    return 1 if value == 1 else 16 * (value % 16 == 0)
 
 
 class Part(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,8 @@ from graftq.quant_linear.gpu.experts import launches, ops
 from graftq.quant_linear.gpu.experts.stacks import StackKind
 from graftq.quant_linear.gpu.tile_heuristics import Device
 from graftq.quant_linear.gpu.warmup import compile_kernels, token_counts
-from graftq.quant_linear.kernels.launch import Launch, compiling_ahead
+from graftq.quant_linear.kernels import launch
+from graftq.quant_linear.kernels.launch import VARIABLE, Launch, class_of, compiling_ahead
 from graftq.quant_linear.linear import QuantLinear
 from graftq.quant_linear.spec import QuantSpec
 
@@ -32,7 +35,8 @@ def variants(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     found: set[Hashable] = set()
 
     def launch(kernel: Any, grid: Any, integers: tuple[int, ...], constants: Any, options: Any) -> None:
-        found.add((kernel, tuple(1 if i == 1 else 16 * (i % 16 == 0) for i in integers), constants, options))
+        names = kernel.arg_names[-len(integers) - len(constants) :]
+        found.add((kernel, tuple(map(class_of, names, integers)), constants, options))
 
     for module in (linear_launches, launches, ops):
         monkeypatch.setattr(module, "Launch", launch)
@@ -105,6 +109,8 @@ def test_experts(experts: int, top_k: int, hidden: int, inner: int, variants: se
 class Kernel:
     """In the place of Triton's: remembers what is asked of it."""
 
+    arg_names = ("x", "N", "M", "FLAG")
+
     def __init__(self) -> None:
         self.run = None
         self.asked: list[tuple[object, ...]] = []
@@ -122,16 +128,26 @@ def test_launches_compile_once_and_do_not_run() -> None:
 
     def launches() -> None:
         for integer in (1, 2, 3, 16, 32):
-            Launch(kernel, (1, 1, 1), (integer,), (True,), ())(tensor)
+            Launch(kernel, (1, 1, 1), (integer, 5 * integer), (True,), ())(tensor)
 
     with ThreadPoolExecutor(1) as executor, compiling_ahead(executor) as kernels:
         launches()
         launches()
-    assert kernel.asked == [("warmup", torch.float32, integer, True) for integer in (1, 2, 16)]
+    assert kernel.asked == [("warmup", torch.float32, integer, 5 * integer, True) for integer in (1, 2, 16)]
     assert len(kernels) == 3
     kernel.asked.clear()
     launches()
-    assert kernel.asked == [("run", integer, True) for integer in (1, 2, 3, 16, 32)]
+    assert kernel.asked == [("run", integer, 5 * integer, True) for integer in (1, 2, 3, 16, 32)]
+
+
+def test_kernels_are_not_compiled_for_numbers_of_tokens() -> None:
+    """Triton knows of each argument with such a name; the interpreter hides that, so the decorators are read."""
+    for path in Path(launch.__file__).parent.glob("*.py"):
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                names = {argument.arg for argument in function.args.args}
+                is_told = [ast.unparse(each) for each in function.decorator_list] != ["triton.jit"]
+                assert is_told == bool(names & set(VARIABLE)), function.name
 
 
 def test_nothing_is_compiled_after(gpu: str) -> None:

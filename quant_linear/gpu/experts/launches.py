@@ -109,7 +109,7 @@ class Preparation:
         self.output = PreparedRows(after, x, routing)
         self.steps: list[Step] = []
         if programs:
-            chunk = min(1024, max(16, 1 << (slots - 1).bit_length()))
+            chunk = min(1024, max(128, 1 << (slots - 1).bit_length()))  # a thread for each, or more for a thread
             launch = Launch(
                 prepare_kernel,
                 (programs, 1, 1),
@@ -176,10 +176,9 @@ class MatrixProduct:
             experts_matrix_kernel,
             (tiles, tile.splits, 1),
             (slots, n, rows.k, *kind.sizes, tiles_m, rows.stride, rows.share, part_rows, rows.part_stride,
-             kind.bias_width),
+             kind.bias_width, choose_sweep(slots, experts, tile.tokens)),
             (*kind.constants(spec, dtype), *formula_constants(activation, is_gated), rows.k < kind.atoms * 128,
-             tile.scale_weights, mean > tile.tokens, overlap, tile.rows, tile.tokens, tile.unroll, tile.splits,
-             choose_sweep(slots, experts, tile.tokens)),
+             tile.scale_weights, mean > tile.tokens, overlap, tile.rows, tile.tokens, tile.unroll, tile.splits),
             tile.options(overlap),
         )  # fmt: skip
         columns = prefix + "codes" if activation is None else column_name(prefix, kind)
