@@ -1,6 +1,9 @@
-"""Compile every kind of kernel for NVIDIA GPUs that need not be there. Run by test_compiles; not in the interpreter."""
+"""Compile every kind of kernel for GPUs that need not be there. Run by test_compiles; not in the interpreter."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,15 +37,34 @@ TILES = {"vector_kernel": (64, 1, 2), "matrix_kernel": (64, 16, 1, 2), "dequanti
 TILES |= {
     "up_vector_kernel": (64, 2, 4, 8),
     "down_vector_kernel": (64, 2, 3, 8),
-    "experts_matrix_kernel": (64, 16, 1, 2, 1),
+    "experts_matrix_kernel": (64, 16, 1, 2),
 }
 TILES |= {"prepare_kernel": (), "weighted_sum_kernel": (), "pack_kernel": (), "round_kernel": (), "search_kernel": ()}
 GATED = {"ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True}
 
 
+MATRIX = {
+    75: ("ptx", ""),
+    86: ("ptx", "mma.sync.aligned.m16n8k16"),
+    90: ("ptx", "wgmma.mma_async"),
+    "gfx942": ("amdgcn", "v_mfma"),
+    "gfx1100": ("amdgcn", "v_wmma"),
+    "gfx1201": ("amdgcn", "v_wmma"),
+}
+"""By architecture, in which of Triton's texts a product's matrix instruction stands; sm_75 has none."""
+
+
 def build(
-    kernel: triton.JITFunction, capability: int, dtype: str, bits: int, group: int, sym: bool, **changes: object
-) -> None:
+    kernel: triton.JITFunction,
+    architecture: int | str,
+    dtype: str,
+    bits: int,
+    group: int,
+    sym: bool,
+    **changes: object,
+) -> Any:
+    """Compile ``kernel`` for an NVIDIA GPU of a compute capability, or for an AMD GPU by its name."""
+    capability = architecture if isinstance(architecture, int) else 0
     names = kernel.arg_names
     tile = TILES[kernel.fn.__name__]
     constants: dict[str, object] = dict.fromkeys((name for name in names if name.isupper() and len(name) > 1), False)
@@ -65,12 +87,36 @@ def build(
     signature = {name: kind for name, kind in signature.items() if name in names} | dict.fromkeys(
         constants, "constexpr"
     )
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    assert "local_depot" not in compiled.asm["ptx"], (kernel.fn.__name__, bits, "arrays in local memory")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in signature if name not in constants}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    if isinstance(architecture, str):
+        target = GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    assert "local_depot" not in compiled.asm.get("ptx", ""), (kernel.fn.__name__, bits, "arrays in local memory")
+    return compiled
+
+
+def check_instructions() -> None:
+    """The matrix instructions that ``Device.matrix_units`` promises are there, and loads of 16 bytes."""
+    for architecture, (text, instruction) in MATRIX.items():
+        changes = {} if architecture in (86, 90) else {"PROGRAM": ""}
+        compiled = build(matrix_kernel, architecture, "fp16", 4, 128, True, **changes)
+        code = compiled.asm[text]
+        wide = (
+            r"(global|buffer)_load_(b128|dwordx4)"
+            if text == "amdgcn"
+            else r"ld\.global\S*\.v4\.b32|cp\.async\S* .*, 0x10"
+        )
+        assert re.search(wide, code), (architecture, "no load of 16 bytes")
+        if instruction:
+            assert instruction in code, (architecture, instruction)
+        else:
+            assert not re.search(r"\bw?g?mma\b", code), (architecture, "matrix instructions")
 
 
 def main() -> None:
+    check_instructions()
     for bits in (2, 3, 4, 8):
         for kernel in (vector_kernel, matrix_kernel, dequantize_kernel):
             build(kernel, 90, "fp16", bits, 128, True)
