@@ -23,6 +23,12 @@ class GptqTensors:
     bias: torch.Tensor | None = None
 
 
+def owned(part: torch.Tensor) -> torch.Tensor:
+    """A part of a tensor, contiguous, in memory of its own: a view would keep all of the tensor in memory."""
+    is_whole = part.untyped_storage().nbytes() == part.nbytes
+    return part.contiguous() if is_whole else part.clone(memory_format=torch.contiguous_format)
+
+
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 """What the numbers of :func:`stored_dtypes` stand for."""
 

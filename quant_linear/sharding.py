@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from graftq.quant_linear.layouts import GptqTensors
+from graftq.quant_linear.layouts import GptqTensors, owned
 from graftq.quant_linear.packing import pack_codes, sequential_g_idx, unpack_codes
 from graftq.quant_linear.row_order import can_multiply_as_one
 from graftq.quant_linear.spec import QuantSpec
@@ -20,7 +20,7 @@ def shard_outputs(tensors: GptqTensors, spec: QuantSpec, start: int, stop: int) 
     """The projection of output rows ``start`` to ``stop`` (column parallel).
 
     Returns:
-        New tensors (``qzeros`` repacked, since a cut may fall inside a word) and their spec.
+        New tensors, in memory of their own (``qzeros`` repacked, since a cut may fall inside a word), and their spec.
 
     Raises:
         ValueError: for a range outside ``out_features``.
@@ -36,11 +36,11 @@ def select_outputs(
     """The projection of some output rows, in the order in which ``outputs`` names them."""
     zeros = unpack_codes(tensors.qzeros.T, spec.bits, spec.out_features)[outputs]
     part = GptqTensors(
-        tensors.qweight[:, outputs].contiguous(),
+        owned(tensors.qweight[:, outputs]),
         pack_codes(zeros, spec.bits).T.contiguous(),
-        tensors.scales[:, outputs].contiguous(),
+        owned(tensors.scales[:, outputs]),
         tensors.g_idx,
-        None if tensors.bias is None else tensors.bias[outputs].contiguous(),
+        None if tensors.bias is None else owned(tensors.bias[outputs]),
     )
     width = len(zeros)
     return part, replace(spec, out_features=width, padded_out=width, stored_bias=width if spec.has_bias else 0)
@@ -68,7 +68,7 @@ def shard_inputs(
         raise ValueError(f"inputs {start}:{stop} of {spec.in_features}")
     width = stop - start
     if start * spec.bits % 32 == 0 and stop * spec.bits % 32 == 0:
-        qweight = tensors.qweight[start * spec.bits // 32 : stop * spec.bits // 32].contiguous()
+        qweight = owned(tensors.qweight[start * spec.bits // 32 : stop * spec.bits // 32])
     else:
         qweight = pack_codes(unpack_codes(tensors.qweight, spec.bits, spec.in_features)[start:stop], spec.bits)
     bias = tensors.bias if keep_bias else None
@@ -79,14 +79,14 @@ def shard_inputs(
         return GptqTensors(qweight, tensors.qzeros, tensors.scales, None, bias), part
     if not spec.desc_act and start % group_size == 0 and (stop % group_size == 0 or stop == spec.in_features):
         groups = slice(start // group_size, -(-stop // group_size))
-        scales, qzeros = tensors.scales[groups].contiguous(), tensors.qzeros[groups].contiguous()
+        scales, qzeros = owned(tensors.scales[groups]), owned(tensors.qzeros[groups])
         part = replace(part, num_groups=len(scales), group_size=min(group_size, width), stored_g_idx=0)
         return GptqTensors(qweight, qzeros, scales, None, bias), part
     g_idx = tensors.g_idx if spec.desc_act else sequential_g_idx(spec, tensors.qweight.device)
     if g_idx is None:
         raise ValueError("act-order needs g_idx")
     part = replace(part, desc_act=True, stored_g_idx=width)
-    return GptqTensors(qweight, tensors.qzeros, tensors.scales, g_idx[start:stop].contiguous(), bias), part
+    return GptqTensors(qweight, tensors.qzeros, tensors.scales, owned(g_idx[start:stop]), bias), part
 
 
 def sort_inputs(tensors: GptqTensors, spec: QuantSpec) -> tuple[Shard, torch.Tensor | None]:

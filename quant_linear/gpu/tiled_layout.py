@@ -9,7 +9,7 @@ import torch
 
 from graftq.quant_linear.gpu.split_counters import reserve
 from graftq.quant_linear.gpu.tile_words import ATOM_K, from_tiles, to_tiles
-from graftq.quant_linear.layouts import GptqTensors, Packed
+from graftq.quant_linear.layouts import GptqTensors, Packed, owned
 from graftq.quant_linear.packing import zero_points
 from graftq.quant_linear.row_order import RowOrder, has_even_groups, order_alike
 from graftq.quant_linear.spec import QuantSpec
@@ -87,12 +87,13 @@ class TiledLayout:
         spec = self.spec
         order = self.row_order(packed.get("g_idx"), packed["codes"].device, bool(packed.form))
         qweight = from_tiles(packed, spec.bits, order, spec.packed_rows)[:, : spec.padded_out].contiguous()
-        scales = _own(packed["scales"], spec.padded_out)
-        qzeros = _own(packed["qzeros"], spec.packed_zero_columns)
+        # Others may be joined to the layer: these are its own columns.
+        scales = owned(packed["scales"][:, : spec.padded_out])
+        qzeros = owned(packed["qzeros"][:, : spec.packed_zero_columns])
         bias = packed.get("bias")
         if packed.form:
             scales = scales[order.first_units(spec.num_groups)]
-        bias = None if bias is None else _own(bias, spec.stored_bias)
+        bias = None if bias is None else owned(bias[: spec.stored_bias])
         return GptqTensors(qweight, qzeros, scales, packed.get("g_idx"), bias)
 
     def needs_units(self, g_idx: torch.Tensor | None) -> bool:
@@ -123,13 +124,6 @@ def stored_zeros(tensors: GptqTensors, spec: QuantSpec) -> torch.Tensor:
     """Zero points of all stored columns, int16 [groups, padded_out]; 0 for those that the writer padded."""
     zeros = zero_points(tensors, spec).to(torch.int16, memory_format=torch.contiguous_format)
     return torch.nn.functional.pad(zeros, (0, spec.padded_out - spec.out_features))
-
-
-def _own(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """A layer's own columns, in memory of their own, where others are joined to it."""
-    own = tensor[..., :width]
-    is_whole = own.untyped_storage().nbytes() == own.nbytes
-    return own if is_whole else own.clone(memory_format=torch.contiguous_format)
 
 
 def _is_native(group_size: int) -> bool:

@@ -94,6 +94,22 @@ def test_what_differs_stays_apart() -> None:
     assert [spec.out_features for _, spec in join_outputs(projections)] == [8, 8, 16, 8]
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_parts_do_not_keep_the_whole_in_memory(recipe: Recipe) -> None:
+    """A rank that holds half of each projection has memory for half: a view keeps all of what it is a part of."""
+    up, down = projection(recipe, 192, 64), projection(recipe)
+    shares = shard_expert({"up": up[:2], "down": down[:2]}, "down", 96, 192, keep_bias=True)
+    parts = [*shares.values(), shard_outputs(*down[:2], 16, 32), shard_inputs(*down[:2], 96, 192, keep_bias=True)]
+    wholes = {
+        tensor.untyped_storage().data_ptr(): tensor for tensor in (*vars(up[0]).values(), *vars(down[0]).values())
+    }
+    for part, _ in parts:
+        for tensor in vars(part).values():
+            if tensor is not None:
+                whole = wholes.get(tensor.untyped_storage().data_ptr())
+                assert whole is None or whole.nbytes == tensor.nbytes
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_shares_of_an_expert_add_up(recipe: Recipe, ranks: int) -> None:
