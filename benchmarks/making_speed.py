@@ -5,8 +5,9 @@
 
 Writes a checkpoint of a few blocks with random weights, in bfloat16, and quantizes it from disk to disk, 4 bits, group
 128, with random token ids. A block's time is the mean of all but the first, which compiles; the model's is that times
-its blocks. Where it goes: `read` and `write` the files, `observe` runs the calibration tokens up to each layer and sums
-their moments, `solve` finds the codes, `advance` moves the hidden states behind the block.
+its blocks, and a tenth more for hidden states, the most that writing them takes (`store.WORTH`). Where it goes: `read`
+and `write` the files, `observe` runs the calibration tokens up to each layer and sums their moments, `solve` finds the
+codes, `advance` moves the hidden states behind the block.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Measured:
     solve: float
     advance: float
     write: float
+    other: float
     peak: float
     hessians: float
     hidden: float
@@ -99,19 +101,24 @@ class Watch:
     def __init__(self, profiled: int | None):
         self.profiled = profiled
         self.seconds: dict[str, float] = defaultdict(float)
+        self.inner: list[float] = []
         self.marks: list[tuple[float, dict[str, float]]] = []
         self.sizes: dict[str, int] = defaultdict(int)
 
     def timed(self, what: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, whose time counts under ``what``."""
+        """``call``, whose time counts under ``what``, but for that of timed calls within."""
 
         @wraps(call)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             synchronize()
             started = time.perf_counter()
+            self.inner.append(0.0)
             result = call(*args, **kwargs)
             synchronize()
-            self.seconds[what] += time.perf_counter() - started
+            spent, inner = time.perf_counter() - started, self.inner.pop()
+            self.seconds[what] += spent - inner
+            if self.inner:
+                self.inner[-1] += spent
             return result
 
         return wrapped
@@ -153,11 +160,12 @@ class Watch:
         for where, name, call in (
             (engine, "_observe", self.timed("observe", engine._observe)),
             (engine, "_solve_unit", self.timed("solve", solve_unit)),
-            (streaming, "quantize_block", self.timed("quantize", quantize_block)),
+            (streaming, "quantize_block", self.timed("advance", quantize_block)),
             (FloatCheckpoint, "load_block", self.timed("read", FloatCheckpoint.load_block)),
             (FloatCheckpoint, "drop_block", drop_block),
             (FloatCheckpoint, "load_rest", load_rest),
             (Store, "save_tensors", self.timed("write", Store.save_tensors)),
+            (Store, "block_done", self.timed("write", Store.block_done)),
         ):
             stack.enter_context(mock.patch.object(where, name, call))
 
@@ -205,6 +213,7 @@ def measure(shape: Shape, blocks: int, tokens: int, folder: str, profiled: int |
     import torch
     import transformers.modeling_utils  # noqa: F401 - graftq takes over first
 
+    from graftq.adapters.transformers.making import store
     from graftq.adapters.transformers.making.options import Options
     from graftq.adapters.transformers.making.streaming import quantize_checkpoint
 
@@ -219,11 +228,11 @@ def measure(shape: Shape, blocks: int, tokens: int, folder: str, profiled: int |
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
     seconds, parts = watch.mean(blocks - 1)
     sizes = {"peak": peak, "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, **watch.sizes}
-    advance = parts["quantize"] - parts["observe"] - parts["solve"]
-    times = {what: parts[what] for what in ("read", "observe", "solve", "write")}
+    times = {what: parts[what] for what in ("read", "observe", "solve", "advance", "write")}
+    times["other"] = seconds - sum(times.values())
     gigabytes = {what: size / 1e9 for what, size in sizes.items()}
-    minutes = seconds * shape.blocks / 60
-    answers.put(Measured(shape.name, blocks, seconds, minutes, advance=advance, **times, **gigabytes))
+    minutes = seconds * shape.blocks / 60 * (1 + 1 / store.WORTH)
+    answers.put(Measured(shape.name, blocks, seconds, minutes, **times, **gigabytes))
 
 
 def in_a_process(target: Callable[..., None], *arguments: Any) -> None:
@@ -243,12 +252,13 @@ def table(rows: list[Measured]) -> str:
     """Markdown."""
     head = (
         "shape", "blocks", "s / block", "min, whole model (extrapolated)", "read", "observe", "solve", "advance",
-        "write", "peak GB", "Hessians GB", "hidden states GB", "embeddings GB", "block GB", "other / block", "host GB",
+        "write", "other", "peak GB", "Hessians GB", "hidden states GB", "embeddings GB", "block GB", "other / block",
+        "host GB",
     )  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for row in rows:
         first = [row.shape, row.blocks]
-        parts = (row.seconds, row.minutes, row.read, row.observe, row.solve, row.advance, row.write)
+        parts = (row.seconds, row.minutes, row.read, row.observe, row.solve, row.advance, row.write, row.other)
         sizes = (row.peak, row.hessians, row.hidden, row.rest, row.block, row.other_blocks, row.host)
         lines.append([*first, *(f"{number:.2f}" for number in (*parts, *sizes))])
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -64,6 +65,24 @@ def test_the_same_as_in_memory(name: str, tmp_path: Path):
     assert not (tmp_path / "out" / ".graftq").exists()
 
 
+def test_hidden_states_are_written_when_that_is_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once the work since the last time took ten times what writing took; all blocks take five seconds here."""
+    now, written = [0.0], []
+    monkeypatch.setattr(store.time, "monotonic", lambda: now[0])
+    unfinished = store.Store(tmp_path / "out", {}, resume=False)
+
+    def streams(cost: float) -> dict[str, torch.Tensor]:
+        now[0] += cost
+        written.append(unfinished._done)
+        return {"made.0": torch.zeros(1)}
+
+    for cost in (1.0, 3.0, 8.0, 8.0):
+        for _ in range(12):
+            now[0] += 5
+            unfinished.block_done(lambda cost=cost: streams(cost))
+    assert written == [1, 3, 5, 7, 9, 11, 13, 19, 25, 41]
+
+
 class Killed(BaseException):
     pass
 
@@ -93,7 +112,8 @@ def test_a_tied_head_is_refused_first(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_stopped_before_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("worth", [0, math.inf], ids=["all blocks remembered", "only the first"])
+def test_stopped_before_every_file(worth: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = float_model(tmp_path, "llama")
     options = Options(bits=4, group_size=32, effort="autogptq")
     settle, written = store._settle, [0, 0]
@@ -105,9 +125,10 @@ def test_stopped_before_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         settle(aside, path)
 
     monkeypatch.setattr(store, "_settle", stopping)
+    monkeypatch.setattr(store, "WORTH", worth)
     whole = digests(quantize(source, tmp_path / "whole", options))
     files = written[0]
-    assert files > 10
+    assert files > 8
     for number in range(1, files + 1):
         out = tmp_path / f"stopped-{number}"
         written[:] = [0, number]

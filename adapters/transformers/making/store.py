@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from graftq.adapters.transformers.making.source import INDEX
 FOLDER = ".graftq"
 STATE = "state.json"
 FORMAT = 1
+WORTH = 10
+"""Hidden states are written once the work since the last time took so many times what writing them took.
+
+That is a tenth of a run's time at most, and as much work as ten times writing at most is done again after a kill. With
+262,144 tokens of a Llama-3-8B, writing takes longer than quantizing a block.
+"""
 
 
 class Store:
@@ -34,7 +41,8 @@ class Store:
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resume: bool):
         self.out, self.work = out, out / FOLDER
-        self.next = 0
+        self.next = self._done = 0
+        self._cost, self._saved_at = 0.0, time.monotonic()
         self.rows: list[list[Any]] = []
         self.extra: dict[str, Any] = {}
         state = self.work / STATE
@@ -46,6 +54,7 @@ class Store:
                 if found["identity"].get(key) != value:
                     raise ValueError(f"{out}: the unfinished run there differs in {key}")
             self.next, self.rows, self.extra = found["next"], found["rows"], found["extra"]
+            self._done = self.next
         elif resume and (out / INDEX).is_file() and self.work.is_dir():
             shutil.rmtree(self.work)  # it was stopped at the very last step
             raise FileExistsError(f"{out}: this run is complete")
@@ -74,12 +83,24 @@ class Store:
         """The hidden states before the next block."""
         return load_file(self.work / f"streams-{self.next}.safetensors")
 
-    def block_done(self, streams: Mapping[str, torch.Tensor]) -> None:
-        """Remember that the next block's shard is written, and the hidden states behind it."""
-        self.save_tensors(self.work / f"streams-{self.next + 1}.safetensors", streams)
-        self.next += 1
+    def block_done(self, streams: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Take note that another block's shard is written; where it is worth it, remember that on the disk.
+
+        A run that goes on begins behind the last block that was remembered, and writes the same shards again.
+
+        Args:
+            streams: Makes the hidden states behind the block.
+        """
+        self._done += 1
+        began = time.monotonic()
+        if began - self._saved_at < WORTH * self._cost:
+            return
+        self.save_tensors(self.work / f"streams-{self._done}.safetensors", streams())
+        before, self.next = self.next, self._done
         self._save_state()
-        (self.work / f"streams-{self.next - 1}.safetensors").unlink(missing_ok=True)
+        (self.work / f"streams-{before}.safetensors").unlink(missing_ok=True)
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
 
     def _save_state(self) -> None:
         state = {"identity": self.identity, "next": self.next, "rows": self.rows, "extra": self.extra}

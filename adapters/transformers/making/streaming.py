@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def quantize_checkpoint(
         done = quantize_block(block, name, streams, options, step, (number, count))
         store.save_tensors(out / _shard(number, count), _shard_tensors(given, naming, given.names(name), done))
         _remember(store, naming, done)
-        store.block_done(_saved(streams))
+        store.block_done(partial(_saved, streams))
         given.drop_block(number)
     if not store.extra.get("made"):
         raise ValueError(f"{source}: nothing in its blocks can be quantized")
