@@ -81,7 +81,7 @@ class Case:
         if self.group in COMPILED:
             engine["enforce_eager"] = False
         if self.group in GPUS:  # the kernels are for this dtype; it fits beside whatever else is on the GPU
-            engine |= {"dtype": "float16", "gpu_memory_utilization": 0.2}
+            engine |= {"dtype": "float16", "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2**30}
         if self.group in ("two ranks", "two stages", "two GPUs"):
             engine["distributed_executor_backend"] = "mp"
         prompts, expected = PROMPTS, None
