@@ -157,7 +157,7 @@ def _cut_outputs(layer: QuantLinear, gather: bool, part: TensorSlice) -> QuantLi
         raise ValueError(f"{layer.out_features} outputs are to be gathered from parts of equal size")
     shard = shard_outputs(layer.release(), layer.spec, *part.of(layer.out_features))
     cut = _layer(shard, layer)
-    cut.register_forward_pre_hook(lambda _, args: (_Shared.apply(args[0], part.group), *args[1:]))
+    cut.register_forward_pre_hook(lambda _, args: (_shared(args[0], part.group), *args[1:]))
     if gather:
         cut.register_forward_hook(lambda _, args, output: _Gathered.apply(output, part.group, part.rank, part.size))
     return cut
@@ -169,9 +169,9 @@ def _cut_inputs(layer: QuantLinear, split: bool, part: TensorSlice) -> QuantLine
     cut = _layer(shard_inputs(tensors, layer.spec, start, stop, keep_bias=part.rank == 0), layer)
     if split:
         cut.register_forward_pre_hook(
-            lambda _, args: (_Shared.apply(args[0], part.group)[..., start:stop], *args[1:]),
+            lambda _, args: (_shared(args[0], part.group)[..., start:stop], *args[1:]),
         )
-    cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
+    cut.register_forward_hook(lambda _, args, output: _summed(output, part.group))
     return cut
 
 
@@ -206,10 +206,8 @@ def _cut_experts(experts: QuantExperts, part: TensorSlice) -> QuantExperts:
         up_bias=_named(up_name, up_bias),
         down_bias=_named(down_name, down_bias),
     )
-    cut.register_forward_pre_hook(
-        lambda _, args: (_Shared.apply(args[0], part.group), args[1], _Shared.apply(args[2], part.group))
-    )
-    cut.register_forward_hook(lambda _, args, output: _Summed.apply(output, part.group))
+    cut.register_forward_pre_hook(lambda _, args: (_shared(args[0], part.group), args[1], _shared(args[2], part.group)))
+    cut.register_forward_hook(lambda _, args, output: _summed(output, part.group))
     return cut
 
 
@@ -248,6 +246,19 @@ def _up_rows(experts: QuantExperts, features: torch.Tensor, width: int) -> torch
 def _interleaved(features: torch.Tensor) -> torch.Tensor:
     """Where gate and up of these features are, if they alternate."""
     return torch.stack((2 * features, 2 * features + 1), dim=1).flatten()
+
+
+def _shared(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """An input of all ranks, with a gradient if one is wanted: the function costs the host as much as a launch."""
+    return _Shared.apply(x, group) if torch.is_grad_enabled() else x
+
+
+def _summed(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum of the ranks' parts of an output; without gradients, in the memory of this rank's part."""
+    if torch.is_grad_enabled():
+        return _Summed.apply(x, group)
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class _Shared(torch.autograd.Function):
