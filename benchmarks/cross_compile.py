@@ -229,11 +229,11 @@ def _job(made: launch.Launch, name: str, layer: str, bits: int, dtype: str, sym:
     kinds = [(each, "*" + POINTERS.get(each, short)) for each in names[:tensors]]
     constants, divisible = [], list(names[:tensors])
     for parameter, value in zip(kernel.params[tensors:], values, strict=True):
-        is_constant = parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize)
-        kinds.append((parameter.name, "constexpr" if is_constant else "i32"))
-        if is_constant:
+        kind = 1 if parameter.is_constexpr else launch.class_of(parameter.name, value)
+        kinds.append((parameter.name, "constexpr" if kind == 1 else "i32"))
+        if kind == 1:
             constants.append((parameter.name, value))
-        elif value % 16 == 0 and not parameter.do_not_specialize:
+        elif kind == 16:
             divisible.append(parameter.name)
     sizes, grid = dict(zip(names[tensors:], values, strict=True)), made._grid
     steps = sizes.get("atoms", 0) // sizes.get("UNROLL", 1)

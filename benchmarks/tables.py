@@ -33,14 +33,16 @@ class Row:
 
 def results(name: str) -> list[dict[str, str]]:
     """The rows of a file in ``results/``; its lines that begin with # say where they come from."""
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
-    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return list(csv.DictReader(line for line in _lines(name) if not line.startswith("#")))
 
 
 def head(name: str) -> str:
     """What a file in ``results/`` says of its rows: its lines that begin with #."""
-    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    return "\n".join(line.removeprefix("# ") for line in _lines(name) if line.startswith("#"))
+
+
+def _lines(name: str) -> list[str]:
+    return (RESULTS / name).read_text(encoding="utf-8").splitlines()
 
 
 def recorded(name: str) -> Recorded:

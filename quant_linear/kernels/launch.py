@@ -18,8 +18,8 @@ Options = tuple[tuple[str, "int | bool"], ...]
 """Launch options such as ``num_warps``."""
 
 VARIABLE = ("M", "S", "tiles", "tiles_m", "sweep")
-"""Integers that follow the number of tokens. No kernel is compiled for a class of them: where they are multiples of 16,
-its code would be no better, and a model would need four times as many."""
+"""Integers that follow the number of tokens. No kernel is compiled for a class of them: three instructions of a loop of
+176 are all that it would save, in tiles of 16 tokens alone, and a Mixtral would need 133 kernels where it needs 49."""
 
 
 _ahead: ContextVar[dict[Hashable, Any] | None] = ContextVar("graftq_compiles_ahead", default=None)
@@ -52,8 +52,8 @@ class Launch:
 
     Triton compiles a variant of the kernel for the dtypes, the constants, and the class of each integer (1, a multiple
     of 16, other) that is not :data:`VARIABLE`. The first call looks the variant up; later ones pass it the tensors'
-    addresses without any analysis.
-    Calls with a tensor that is not 16-byte aligned go through Triton, which compiles another variant for them.
+    addresses without any analysis. Calls with a tensor that is not 16-byte aligned go through Triton, which compiles
+    another variant for them.
 
     Args:
         kernel: Takes the tensors, the integers and the constants, in this order.

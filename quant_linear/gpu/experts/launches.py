@@ -109,7 +109,7 @@ class Preparation:
         self.output = PreparedRows(after, x, routing)
         self.steps: list[Step] = []
         if programs:
-            chunk = min(1024, max(128, 1 << (slots - 1).bit_length()))  # a thread for each, or more for a thread
+            chunk = min(1024, max(128, 1 << (slots - 1).bit_length()))  # an entry or more for each of 128 threads
             launch = Launch(
                 prepare_kernel,
                 (programs, 1, 1),
