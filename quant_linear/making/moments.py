@@ -39,13 +39,13 @@ class Moments:
         if _has_half_products(x):
             gram = torch.mm(x.T, x, out_dtype=torch.float32)
             if self.drift is not None and x_float is not None:
-                self.drift[index] += torch.mm(x_float.to(x.dtype).T, x, out_dtype=torch.float32).sub_(gram)
-            self.gram[index] += gram
+                self.drift[index].add_(torch.mm(x_float.to(x.dtype).T, x, out_dtype=torch.float32).sub_(gram))
+            self.gram[index].add_(gram)
             return
         x = x.to(torch.float32)
-        self.gram[index] += x.T @ x
+        self.gram[index].add_(x.T @ x)
         if self.drift is not None and x_float is not None:
-            self.drift[index] += (x_float.to(torch.float32) - x).T @ x
+            self.drift[index].add_((x_float.to(torch.float32) - x).T @ x)
 
     def check(self) -> None:
         """Make sure that all inputs were numbers: once for all rows, as a GPU is waited for here.

@@ -73,8 +73,7 @@ def test_never_worse_than_nearest_and_read_back(bits: int, group_size: int, orde
     torch.testing.assert_close(measured, solution.error, rtol=2e-3, atol=1e-6)
     assert (solution.error <= solution.nearest).all()
     assert solution.error.sum() < 0.8 * solution.nearest.sum()
-    for index in range(2):
-        tensors, spec = pack(solution, index)
+    for index, (tensors, spec) in enumerate(pack(solution)):
         made = solution.weight(index)
         assert torch.equal(dequantize(tensors, spec), made)
         assert torch.equal(independent_weight(tensors, bits, 112, 24), made)
@@ -146,7 +145,7 @@ def test_weights_of_one_side_get_negative_scales():
     weight = weights(1, 32, 64).abs()
     solution = solve(weight, moments_of(1, 64), Method(3, 32))
     assert (solution.scales < 0).float().mean() > 0.5
-    assert torch.equal(pack(solution)[0].scales, solution.scales[0])
+    assert torch.equal(pack(solution)[0][0].scales, solution.scales[0])
 
 
 def test_drift_aims_at_the_float_outputs():
@@ -166,8 +165,8 @@ def test_drift_aims_at_the_float_outputs():
 def test_layers_side_by_side_share_an_order_and_split_again():
     weight, moments = weights(1, 64, 128), moments_of(1, 128)
     solution = solve(weight, moments, Method(4, 32, order="grouped"))
-    first, spec = pack(solution, rows=slice(0, 24))
-    second, _ = pack(solution, rows=slice(24, 64))
+    [(first, spec)] = pack(solution, slice(0, 24))
+    [(second, _)] = pack(solution, slice(24, 64))
     assert torch.equal(first.g_idx, second.g_idx)
     assert spec.out_features == 24
     whole = solution.weight()

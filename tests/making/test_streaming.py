@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from support.processes import ROOT
 from transformers import AutoModelForCausalLM
 
 from graftq.adapters.transformers.making import engine, store, streaming
+from graftq.adapters.transformers.making.blocks import Call
 from graftq.adapters.transformers.making.calibration import token_rows
 from graftq.adapters.transformers.making.command import texts
 from graftq.adapters.transformers.making.door import make
@@ -32,8 +34,8 @@ OPTIONS = Options(bits=4, group_size=32)
 ROWS = token_rows(torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(5)))
 
 
-def float_model(folder: Path, name: str = "mixtral", **saving: Any) -> Path:
-    tiny(name).save_pretrained(folder / "float", **saving)
+def float_model(folder: Path, name: str = "mixtral", blocks: int = 2, **saving: Any) -> Path:
+    tiny(name, num_hidden_layers=blocks).save_pretrained(folder / "float", **saving)
     return folder / "float"
 
 
@@ -111,9 +113,14 @@ def test_a_tied_head_is_refused_first(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("worth", "least"), [(0, 10), (10**9, 8)], ids=["all blocks remembered", "only the first"])
-def test_stopped_before_every_file(worth: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source = float_model(tmp_path, "llama")
+REMEMBERED = {"all blocks remembered": (0, 2, 10), "only the first of three": (10**9, 3, 9)}
+
+
+@pytest.mark.parametrize(("worth", "blocks", "least"), REMEMBERED.values(), ids=REMEMBERED)
+def test_stopped_before_every_file(
+    worth: int, blocks: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = float_model(tmp_path, "llama", blocks)
     options = Options(bits=4, group_size=32, effort="autogptq")
     settle, written = store._settle, [0, 0]
 
@@ -208,6 +215,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert parameters["meta"]["tokens"] == 120
     assert main(call) == 1
     assert "the folder is not empty" in capsys.readouterr().err
+
+
+class Overflowing(torch.nn.Linear):
+    """Overflows for rows of five tokens, although its inputs are numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (math.inf if x.shape[1] == 5 else 0)
+
+
+def test_values_that_are_no_numbers_name_the_block_and_the_batch():
+    hidden = [torch.randn(2, tokens, 64) for tokens in (4, 3, 5, 4)]
+    streams = engine.Streams([Call((), {})] * 4, hidden, list(hidden))
+    with pytest.raises(ValueError, match=r"layers\.7: NaN or infinite values after it, in batch 2 of"), torch.no_grad():
+        engine.quantize_block(torch.nn.Sequential(Overflowing(64, 64)), "layers.7", streams, OPTIONS)
 
 
 def test_out_of_memory_names_the_block_and_what_helps(

@@ -130,12 +130,16 @@ def _quantize_block(
             _observe(stage, block, original, streams)
             for unit in stage:
                 _solve_unit(unit, block, name, options, result)
+    are_finite = []
     for number, call in enumerate(streams.calls):
         if streams.float is not None and original is not None:
             streams.float[number] = call.run(original, streams.float[number])
         streams.made[number] = call.run(block, streams.made[number])
-        if not bool(torch.isfinite(streams.made[number]).all()):
-            raise ValueError(f"{name}: NaN or infinite values after it, in batch {number} of the calibration data")
+        are_finite.append(torch.isfinite(streams.made[number]).all())
+    answers = torch.stack(are_finite).tolist()  # of all batches at once, as a GPU is waited for here
+    if not all(answers):
+        number = answers.index(False)
+        raise ValueError(f"{name}: NaN or infinite values after it, in batch {number} of the calibration data")
     return result
 
 
@@ -174,9 +178,8 @@ def _solve_unit(unit: Unit, block: nn.Module, name: str, options: Options, resul
     for chosen, solution in solve_in_parts(weight, moments, options):
         for index in range(chosen.start, chosen.stop):
             new[index] = solution.weight(index - chosen.start).to(new.dtype)
-        for piece in pieces:
-            if chosen.start <= piece.index < chosen.stop:
-                result.made.append(_packed(solution, piece, piece.index - chosen.start, name))
+        own = [piece for piece in pieces if chosen.start <= piece.index < chosen.stop]
+        result.made += _packed(solution, own, chosen.start, name)
         errors = (solution.error / solution.nearest.clamp(min=1e-30)).tolist()
         notes = zip(errors, solution.damp.tolist(), solution.clipped.tolist(), strict=True)
         for index, (error, damp, clipped) in enumerate(notes, chosen.start):
@@ -197,14 +200,21 @@ def solve_in_parts(weight: torch.Tensor, moments: Moments, options: Options) -> 
         yield chosen, solve(weight[chosen], part, options.method)
 
 
-def _packed(solution: Solution, piece: Piece, index: int, name: str) -> Made:
-    tensors, spec = pack(solution, index, piece.rows)
-    if piece.bias is not None:
-        spec = replace(spec, stored_bias=len(piece.bias))
-        tensors = replace(tensors, bias=piece.bias.detach().clone())
-    own = {suffix: tensor.cpu() for suffix, tensor in vars(tensors).items() if tensor is not None}
+def _packed(solution: Solution, pieces: list[Piece], first: int, name: str) -> list[Made]:
+    """The pieces of a solution whose batch begins with the unit's layer ``first``; experts are packed side by side."""
+    packed: dict[tuple[Any, ...], list[tuple[GptqTensors, QuantSpec]]] = {}
     prefix = f"{name}." if name else ""
-    return Made(prefix + piece.target, prefix + piece.container if piece.container else "", GptqTensors(**own), spec)
+    made = []
+    for piece in pieces:
+        rows = (piece.rows.start, piece.rows.stop, piece.rows.step)
+        if rows not in packed:
+            packed[rows] = pack(solution, piece.rows)
+        tensors, spec = packed[rows][piece.index - first]
+        if piece.bias is not None:
+            spec = replace(spec, stored_bias=len(piece.bias))
+            tensors = replace(tensors, bias=piece.bias.detach().clone().cpu())
+        made.append(Made(prefix + piece.target, prefix + piece.container if piece.container else "", tensors, spec))
+    return made
 
 
 def quantize_layer(model: nn.Module, name: str, streams: Streams, options: Options) -> BlockResult:

@@ -55,7 +55,7 @@ class FloatCheckpoint:
         self.model.tie_weights()
         self.blocks_name, self.blocks = find_blocks(self.model, blocks)
         self.conversions = get_model_conversion_mapping(self.model)
-        self.targets = {name: self._becomes(name) for name in self.index.tensors}
+        self.targets = self._targets()
 
     def _files(self) -> Iterable[str]:
         index = self.folder / INDEX
@@ -65,16 +65,21 @@ class FloatCheckpoint:
             return [SINGLE]
         raise CheckpointError(f"neither {INDEX} nor {SINGLE} in this folder", file=str(self.folder))
 
-    def _becomes(self, name: str) -> list[str]:
-        """The parameters of the model that a tensor becomes, or becomes part of."""
+    def _targets(self) -> dict[str, list[str]]:
+        """The parameters of the model that each tensor of the files becomes, or becomes part of."""
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        renamed, source = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
-        if source is None:
-            return [name if renamed not in known and name in known else renamed]
-        patterns = next(entry.target_patterns for entry in converters if source in entry.source_patterns)
-        return [renamed.replace(patterns[0], pattern) for pattern in patterns]
+        known = self.model.state_dict()  # once: it takes milliseconds, and there may be 18,867 tensors
+        prefix = self.model.base_model_prefix
+        found = {}
+        for name in self.index.tensors:
+            renamed, source = rename_source_key(name, renamings, converters, prefix, known)
+            if source is None:
+                found[name] = [name if renamed not in known and name in known else renamed]
+            else:
+                patterns = next(entry.target_patterns for entry in converters if source in entry.source_patterns)
+                found[name] = [renamed.replace(patterns[0], pattern) for pattern in patterns]
+        return found
 
     def names(self, prefix: str) -> list[str]:
         """Tensors of the files that become parameters of a module."""
