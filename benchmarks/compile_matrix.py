@@ -1,7 +1,8 @@
 """Compile every launch that graftq would make on GPUs that need not be there, and say what became of it.
 
-    python benchmarks/compile_matrix.py                             # all devices; an hour on two cores
+    python benchmarks/compile_matrix.py                             # all devices; six hours of a core
     python benchmarks/compile_matrix.py --devices sm_75 gfx1100 --bits 4 --tokens 1 16 --layers dense
+    python benchmarks/compile_matrix.py --csv FILE --missing        # what a run that ended early left
 
 Each device is described to graftq as torch would describe it, the tile choosers choose, and Triton compiles what they
 chose: one row per kernel, tile and class of integers. A row fails if it does not compile in time, or needs more shared
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=60, help="seconds for one kernel")
     parser.add_argument("--csv", type=Path, help="append the rows here")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file of --csv has a row for")
     options = parser.parse_args()
 
     jobs: list[Job] = []
@@ -54,6 +56,9 @@ def main() -> int:
                     for sym in options.symmetric:
                         for group in options.groups:
                             jobs += jobs_for(device, layer, bits, group, dtype, bool(sym), options.tokens)
+    if options.missing:
+        known = keys_in(options.csv)
+        jobs = [job for job in jobs if key(describe(job)) not in known]
     print(f"{len(jobs)} kernels to compile", file=sys.stderr)
     rows = []
     for row in compiled(jobs, options.processes, options.timeout):
@@ -94,6 +99,16 @@ def compiled(jobs: list[Job], processes: int, timeout: float) -> Iterator[dict[s
 
 def _compile(job: Job, sender: Connection) -> None:
     sender.send(compile_job(job))
+
+
+def key(row: dict[str, object]) -> tuple[str, ...]:
+    """What a row is about: its fields before the verdict."""
+    return tuple(str(row[field]) for field in FIELDS[: FIELDS.index("verdict")])
+
+
+def keys_in(path: Path) -> set[tuple[str, ...]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {key(dict(row)) for row in csv.DictReader(file)}
 
 
 def append(path: Path, row: dict[str, object]) -> None:
