@@ -1,6 +1,7 @@
-"""``generate`` with a packed model on a GPU: the host goes on to the next step before it knows whether to stop.
+"""``generate`` with a packed model on a GPU: the host does not wait for it at each step, nor at each layer of a prompt.
 
-transformers has this as ``DeferredStopCheck`` (from 5.17 on), and lets it work on "mps" alone.
+The host goes on to the next step before it knows whether to stop. transformers has this as ``DeferredStopCheck`` (from
+5.17 on), and lets it work on "mps" alone.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _is_packed: ContextVar[bool] = ContextVar("graftq_generates", default=False)
 
 
 def patch_generation(module: ModuleType) -> None:
-    """Let packed models on a GPU defer the check whether to stop, in ``transformers.generation.utils``."""
+    """Let packed models on a GPU run ahead of it, in ``transformers.generation.utils``."""
     replace_attribute(module.GenerationMixin, "_sample", _tell_packed)
+    replace_attribute(module.GenerationMixin, "_prepare_static_cache", _count_on_device)
     replace_attribute(module, "DeferredStopCheck", _for_packed)
 
 
@@ -46,6 +48,26 @@ def _tell_packed(original: Callable[..., Any]) -> Callable[..., Any]:
             _is_packed.reset(token)
 
     return _sample
+
+
+def _count_on_device(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the layers of a static cache count their tokens on the GPU from the start.
+
+    transformers makes these counts on the CPU for every call of ``generate``, and copies each when its layer sees the
+    prompt. Such a copy waits until the GPU has done all that was asked of it before.
+    """
+
+    @functools.wraps(original)
+    def _prepare_static_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = original(self, *args, **kwargs)
+        if self.device.type in DEVICES and is_loaded_packed(self):
+            for layer in getattr(cache, "layers", ()):
+                count = getattr(layer, "cumulative_length", None)
+                if isinstance(count, torch.Tensor) and count.device.type == "cpu":
+                    layer.cumulative_length = torch.full_like(count, int(count), device=self.device)
+        return cache
+
+    return _prepare_static_cache
 
 
 def _for_packed(stock: Any) -> Any:

@@ -235,3 +235,14 @@ def test_a_call_that_fails_leaves_other_models_as_before(
         generate(model, stopping_criteria=[lambda *_, **__: 1 // 0])
     generate(plain)
     assert deferred == []
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "another model"])
+def test_a_static_cache_counts_where_the_model_is(
+    is_packed: bool, originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generation, "DEVICES", {"meta"})
+    packed = load(originals["mixtral"])
+    model = (packed if is_packed else type(packed)(packed.config)).to("meta")
+    cache = model._prepare_static_cache("static", 1, 16, None, {})
+    assert {layer.cumulative_length.device.type for layer in cache.layers} == {"meta" if is_packed else "cpu"}
