@@ -11,9 +11,13 @@ import torch
 from graftq.quant_linear.gpu.availability import can_compile
 from graftq.quant_linear.gpu.devices import current
 from graftq.quant_linear.making.grid import Grid
+from graftq.quant_linear.making.products import product, split
+
+WIDE = 1024
+"""Columns whose errors go to all later ones in one matrix product."""
 
 BLOCK = 128
-"""Columns between two matrix products."""
+"""Of these, columns between two smaller ones."""
 
 OUTPUTS = 32
 """Outputs of one program of the kernel."""
@@ -33,8 +37,8 @@ def round_columns(
 ) -> torch.Tensor:
     """Round columns in order.
 
-    Source: Frantar et al., GPTQ (2022), in the left-looking form: the error of the columns before comes by one product
-    per block, and no inverse is taken.
+    Source: Frantar et al., GPTQ (2022), without its inverse. Among :data:`WIDE` columns, errors of those before come
+    by one product per block; to all after them, theirs go by another.
 
     Args:
         target: float32 [batch, K, N], what is to be approximated, columns in rounding order.
@@ -48,18 +52,20 @@ def round_columns(
         Centered codes, ``code - zero``, float32 [batch, K, N] in rounding order.
     """
     width = target.shape[1]
-    centered, errors = torch.empty_like(target), torch.empty_like(target)
+    centered, errors, values = torch.empty_like(target), torch.empty_like(target), target.clone()
     starts = _group_starts(groups[0]) if find is not None else {}
+    begin = 0  # errors of the columns before it are in all values
     for first, last in _blocks(width, sorted(starts)):
-        values = target[:, first : starts.get(first, last)].clone()
-        if first:
-            values.baddbmm_(unit[:, :first, first : first + values.shape[1]].transpose(1, 2), errors[:, :first])
+        standing = values[:, first : starts.get(first, last)].clone()
+        if first > begin:
+            until = first + standing.shape[1]
+            standing.baddbmm_(unit[:, begin:first, first:until].transpose(1, 2), errors[:, begin:first])
         if find is not None and first in starts:
             group = int(groups[0, first])
-            scales[:, group], zeros[:, group] = find(values, group)
+            scales[:, group], zeros[:, group] = find(standing, group)
         columns = slice(first, last)
         block = Block(
-            values[:, : last - first],
+            standing[:, : last - first],
             target[:, columns],
             unit[:, columns, columns],
             groups[:, columns],
@@ -72,6 +78,10 @@ def round_columns(
             round_by_kernel(block, grid)
         else:
             round_block(block, grid)
+        if begin + WIDE <= last < width:
+            later = unit[:, begin:last, last:].transpose(1, 2)
+            values[:, last:] += product(split(later), split(errors[:, begin:last]))
+            begin = last
     return centered
 
 

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from graftq.quant_linear.making.products import Split, product, split
+
+BLOCK = 512
+"""Columns that :meth:`Factor.solve` solves for at once."""
+
 GREATEST_DAMP = 1e3
 """Beyond this share of the mean diagonal a matrix that does not factor is not a matter of damping."""
 
@@ -16,24 +21,38 @@ class Factor:
 
     Attributes:
         damped: float32 [batch, K, K], ``A`` in the order of the columns as given.
+        parts: The same, for products.
         unit: float32 [batch, K, K], upper triangular with ones on the diagonal, in rounding order:
             ``A = unit D unit^T``. A column's error, times its row, is what later columns make up for.
+        pivots: float32 [batch, K], the diagonal of ``D``.
         order: int64 [batch, K]; the column that is rounded at each place.
         damp: float32 [batch], what was added, as a share of the mean diagonal.
-        lower: The Cholesky factor of ``A`` in reversed order, for :meth:`solve`.
     """
 
     damped: torch.Tensor
+    parts: Split
     unit: torch.Tensor
+    pivots: torch.Tensor
     order: torch.Tensor
     damp: torch.Tensor
-    lower: torch.Tensor
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
         """``A^-1 right`` for ``right`` [batch, K, N]."""
-        backward = self.order.flip(1)
-        index = backward[:, :, None].expand_as(right)
-        found = torch.cholesky_solve(right.gather(1, index), self.lower)
+        index = self.order[:, :, None].expand_as(right)
+        found = right.gather(1, index)
+        unit, lower = self.unit, self.unit.transpose(1, 2)
+        ranges = [(first, min(first + BLOCK, len(unit[0]))) for first in range(0, len(unit[0]), BLOCK)]
+        for first, last in reversed(ranges):
+            block = found[:, first:last]
+            if last < len(unit[0]):
+                block -= product(split(unit[:, first:last, last:]), split(found[:, last:]))
+            block.copy_(torch.linalg.solve_triangular(unit[:, first:last, first:last], block, upper=True))
+        found /= self.pivots[:, :, None]
+        for first, last in ranges:
+            block = found[:, first:last]
+            if first:
+                block -= product(split(lower[:, first:last, :first]), split(found[:, :first]))
+            block.copy_(torch.linalg.solve_triangular(lower[:, first:last, first:last], block, upper=False))
         return torch.empty_like(right).scatter_(1, index, found)
 
 
@@ -53,32 +72,33 @@ def factorize(hessian: torch.Tensor, order: torch.Tensor, damp: float) -> Factor
     """Damp and factor.
 
     Args:
-        hessian: float32 [batch, K, K], of mean diagonal 1.
+        hessian: float32 [batch, K, K], of mean diagonal 1; becomes :attr:`Factor.damped`.
         order: As in :class:`Factor`.
         damp: The share of the mean diagonal to add; ten times as much, and again, where that does not suffice.
 
     Raises:
         ValueError: if no damping helps, because values are not finite.
     """
-    batch, width, _ = hessian.shape
-    shares = torch.full((batch,), float(damp), device=hessian.device)
-    identity = torch.eye(width, device=hessian.device)
+    shares = torch.full((len(hessian),), float(damp), device=hessian.device)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    given = diagonal.clone()
     backward = order.flip(1)
     while True:
-        damped = hessian + identity * shares[:, None, None]
-        lower, failed = torch.linalg.cholesky_ex(_permuted(damped, backward))
-        bad = (failed > 0) | ~torch.isfinite(lower).all(-1).all(-1)
+        diagonal.copy_(given + shares[:, None])
+        lower, failed = torch.linalg.cholesky_ex(permuted(hessian, backward))
+        bad = (failed > 0) | ~torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all(-1)  # where all of a row adds up
         if not bool(bad.any()):
             break
         shares = torch.where(bad, (shares * 10).clamp(min=1e-6), shares)
         if float(shares.max()) > GREATEST_DAMP:
             raise ValueError("the Hessian cannot be factored, however much it is damped")
-    upper = lower.flip(1, 2)
-    unit = upper / upper.diagonal(dim1=1, dim2=2)[:, None]
-    return Factor(damped, unit, order, shares, lower)
+    unit = lower.flip(1, 2)
+    roots = unit.diagonal(dim1=1, dim2=2).clone()
+    unit /= roots[:, None]
+    return Factor(hessian, split(hessian), unit, roots.square(), order, shares)
 
 
-def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows and columns of [batch, K, K] in another order."""
     rows = matrix.gather(1, order[:, :, None].expand_as(matrix))
     return rows.gather(2, order[:, None].expand_as(matrix))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from graftq.quant_linear.making.grid import Grid
+from graftq.quant_linear.making.products import Split, product, split
 
 LARGEST_SYSTEM = 2**25
 """Numbers in the normal equations that are solved at once."""
 
 
-def objective(hessian: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+def objective(hessian: Split, error: torch.Tensor) -> torch.Tensor:
     """``diag(E^T H E)``: the squared error of each output, [batch, N], for errors [batch, K, N]."""
-    return torch.bmm(hessian, error).mul_(error).sum(1)
+    return product(hessian, split(error)).mul_(error).sum(1)
 
 
-def refit(centered: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, group_size: int) -> torch.Tensor:
+def refit(centered: torch.Tensor, target: torch.Tensor, hessian: Split, group_size: int) -> torch.Tensor:
     """The scales that minimize the objective while the codes stay.
 
     Source: the normal equations of ``target ~ codes * scales`` per output; the idea is arXiv 2602.02126's.
@@ -23,7 +24,7 @@ def refit(centered: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, g
     Args:
         centered: float32 [batch, K, N], ``code - zero``, groups side by side.
         target: float32 [batch, K, N].
-        hessian: float32 [batch, K, K], positive definite.
+        hessian: Of [batch, K, K], positive definite.
         group_size: Columns per group; the last may have fewer.
 
     Returns:
@@ -36,16 +37,19 @@ def refit(centered: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, g
     for first in range(0, outputs, step):
         rows = slice(first, first + step)
         codes = centered[:, :, rows]
-        right = _sum_groups(torch.bmm(hessian, target[:, :, rows]).mul_(codes), group_size)
-        left = torch.empty(batch, groups, groups, codes.shape[2], device=codes.device)
+        right = _sum_groups(product(hessian, split(target[:, :, rows])).mul_(codes), group_size)
+        system = torch.empty(batch, codes.shape[2], groups, groups, device=codes.device)
         for group in range(groups):
-            columns = slice(group * group_size, (group + 1) * group_size)
-            seen = torch.bmm(hessian[:, :, columns], codes[:, columns]).mul_(codes)
-            left[:, group] = _sum_groups(seen, group_size)
-        system = left.permute(0, 3, 1, 2)
+            first_column = group * group_size
+            own = slice(first_column, first_column + group_size)
+            below = hessian[:, first_column:, own]
+            seen = product(below, split(codes[:, own], is_exact=True)).mul_(codes[:, first_column:])
+            sums = _sum_groups(seen, group_size).transpose(1, 2)
+            system[:, :, group, group:] = sums
+            system[:, :, group:, group] = sums
         diagonal = system.diagonal(dim1=2, dim2=3)
-        ridge = diagonal.mean(-1, keepdim=True) * 1e-6 + (diagonal <= 1e-12)
-        solved = torch.linalg.solve_ex(system + torch.diag_embed(ridge), right.permute(0, 2, 1)[..., None])[0]
+        diagonal += diagonal.mean(-1, keepdim=True) * 1e-6 + (diagonal <= 1e-12)
+        solved = torch.linalg.solve_ex(system, right.permute(0, 2, 1)[..., None])[0]
         scales[:, :, rows] = solved[..., 0].permute(0, 2, 1)
     return scales
 
@@ -61,7 +65,8 @@ def descend(
     """One pass of coordinate descent over the codes.
 
     Args:
-        centered, target, hessian: As for :func:`refit`.
+        centered, target: As for :func:`refit`.
+        hessian: float32 [batch, K, K], positive definite.
         scales, zeros: float32 [batch, K, N], of each column.
         grid: The codes.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-HAS_OUT_DTYPE = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
-"""Whether this version of torch multiplies half-precision matrices to a float32 one, on CUDA devices."""
+from graftq.quant_linear.making.products import HAS_OUT_DTYPE
 
 
 class Moments:
@@ -22,7 +21,7 @@ class Moments:
         self.drift = torch.zeros(batch, width, width, device=device) if with_drift else None
         self.tokens = torch.zeros(batch, dtype=torch.int64)
 
-    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, index: int = 0) -> None:
+    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None, *, index: int = 0) -> None:
         """Add rows.
 
         Args:

@@ -8,10 +8,11 @@ import torch
 
 from graftq.quant_linear.gpu.availability import can_compile
 from graftq.quant_linear.making.columns import Find, round_columns
-from graftq.quant_linear.making.factor import Factor, factorize, normalized
+from graftq.quant_linear.making.factor import Factor, factorize, normalized, permuted
 from graftq.quant_linear.making.grid import Grid, storable
 from graftq.quant_linear.making.improve import descend, objective, refit
 from graftq.quant_linear.making.moments import Moments
+from graftq.quant_linear.making.products import product, split
 from graftq.quant_linear.packing import weights_of
 from graftq.quant_linear.spec import SUPPORTED_BITS
 
@@ -129,14 +130,16 @@ def solve(weight: torch.Tensor, moments: Moments, method: Method) -> Solution:
     by_curvature = hessian.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
     stored = torch.arange(width, device=weight.device).expand(batch, width)
     place = by_curvature if method.order == "grouped" else stored  # where groups are made: they lie side by side here
-    rows = place[:, :, None].expand(batch, width, width)
-    hessian = hessian.gather(1, rows).gather(2, rows.transpose(1, 2))
+    if method.order == "grouped":
+        hessian = permuted(hessian, place)
     factor = factorize(hessian, by_curvature if method.order == "static" else stored, method.damp)
     plain = weight.transpose(1, 2).contiguous()
     index = place[:, :, None].expand_as(plain)
     target = plain.gather(1, index)
     if moments.drift is not None and method.drift:
-        pulled = torch.bmm((moments.drift / divisor).transpose(1, 2), plain).gather(1, index)
+        drift = split((moments.drift / divisor).transpose(1, 2))
+        pulled = product(drift, split(plain)).gather(1, index)
+        del drift
         target = target + method.drift * factor.solve(pulled)
     search = _Search(target, factor, method)
     search.run()
@@ -235,7 +238,7 @@ class _Search:
         return torch.empty_like(codes).scatter_(1, index, codes)
 
     def _refit(self) -> None:
-        scales = refit(self.centered, self.target, self.factor.damped, self.group_size)
+        scales = refit(self.centered, self.target, self.factor.parts, self.group_size)
         if not self.grid.sym:
             scales = torch.where(scales > 0, scales, self.scales)
         self._keep(self.centered, storable(scales, self.scales), self.zeros)
@@ -243,7 +246,7 @@ class _Search:
     def _keep(self, centered: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
         """Take a candidate for the outputs where it is better."""
         error = torch.addcmul(self.target, centered, self.per_column(scales), value=-1)
-        found = objective(self.factor.damped, error)
+        found = objective(self.factor.parts, error)
         better = found < self.best
         self.best = torch.where(better, found, self.best)
         self.centered = torch.where(better[:, None], centered, self.centered)

@@ -5,12 +5,14 @@ import pytest
 import torch
 from support.gptq import pack_stream
 
+from graftq.quant_linear.making import columns, products
 from graftq.quant_linear.making.columns import round_columns
 from graftq.quant_linear.making.factor import factorize, normalized
 from graftq.quant_linear.making.grid import Grid
 from graftq.quant_linear.making.improve import objective
 from graftq.quant_linear.making.moments import Moments
 from graftq.quant_linear.making.packed import pack
+from graftq.quant_linear.making.products import product, split
 from graftq.quant_linear.making.solve import ORDERS, Method, Solution, solve
 from graftq.quant_linear.packing import dequantize
 
@@ -34,7 +36,7 @@ def moments_of(batch: int, width: int, tokens: int = 400, drifting: bool = False
     for index in range(batch):
         x = inputs(tokens, width, index)
         noise = 0.2 * inputs(tokens, width, 50 + index)
-        moments.add(x, x + noise if drifting else None, index)
+        moments.add(x, x + noise if drifting else None, index=index)
     return moments
 
 
@@ -58,7 +60,7 @@ def error_of(solution: Solution, weight: torch.Tensor, moments: Moments, damp: f
     hessian, _ = normalized(moments.gram)
     damped = hessian + damp * torch.eye(hessian.shape[-1])
     made = torch.stack([solution.weight(index) for index in range(len(weight))])
-    return objective(damped, (weight - made).transpose(1, 2).contiguous()).sum(-1)
+    return objective(split(damped), (weight - made).transpose(1, 2).contiguous()).sum(-1)
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
@@ -98,8 +100,8 @@ def test_never_worse_than_plain_gptq_with_the_same_scales(bits: int, order: str,
         target.gather(1, index), factor.unit, (stored // 64)[:, places[0]], scales, zeros, Grid(bits, sym)
     )
     plain = torch.empty_like(codes).scatter_(1, index, codes) * scales[:, stored[0] // 64]
-    ours = objective(factor.damped, (weight - solution.weight()).transpose(1, 2).contiguous())
-    assert (ours <= objective(factor.damped, (target - plain).contiguous()) * 1.0001).all()
+    ours = objective(factor.parts, (weight - solution.weight()).transpose(1, 2).contiguous())
+    assert (ours <= objective(factor.parts, (target - plain).contiguous()) * 1.0001).all()
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -114,7 +116,9 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
     return made
 
 
-def test_the_loop_gives_the_codes_of_published_gptq():
+@pytest.mark.parametrize("wide", [1024, 128], ids=lambda wide: f"errors passed on every {wide} columns")
+def test_the_loop_gives_the_codes_of_published_gptq(wide: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(columns, "WIDE", wide)
     weight = weights(1, 32, 300).double()
     hessian = normalized(moments_of(1, 300).gram)[0].double()
     damped = hessian + 0.01 * torch.eye(300)
@@ -125,6 +129,40 @@ def test_the_loop_gives_the_codes_of_published_gptq():
     groups = torch.zeros(1, 300, dtype=torch.int64)
     codes = round_columns(weight.transpose(1, 2).contiguous(), unit, groups, scale, zero, Grid(4, True))
     assert torch.equal(codes[0].T, gptq(weight[0], damped[0], scale[0, 0], 4))
+
+
+@pytest.fixture
+def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as GPUs make them, of bfloat16 numbers and with float32 sums."""
+
+    def add(out: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        made = torch.bmm(left.float(), right.float())
+        return made if out is None else out.add_(made)
+
+    monkeypatch.setattr(products, "_add", add)
+    monkeypatch.setattr(products, "has_half_products", lambda device: True)
+
+
+@pytest.mark.parametrize("is_exact", [False, True], ids=["both in two parts", "codes in one"])
+def test_products_of_parts_are_those_of_float32_to_five_digits(is_exact: bool, half_products: None):
+    left, right = torch.randn(2, 40, 300), torch.randn(2, 300, 24)
+    right = (right * 100).round().clamp(-256, 256) if is_exact else right
+    expected = torch.bmm(left.double(), right.double())
+    made = product(split(left), split(right, is_exact))
+    assert len(split(right, is_exact).parts) == 2 - is_exact
+    assert (made - expected).norm() <= 3e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_products_of_parts_give_solutions_as_good(order: str, sym: bool, half_products: None):
+    weight, moments = weights(2, 48, 256), moments_of(2, 256, drifting=True)
+    made = solve(weight, moments, Method(3, 64, sym, order))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "has_half_products", lambda device: False)
+        expected = solve(weight, moments, Method(3, 64, sym, order))
+    torch.testing.assert_close(made.error, expected.error, rtol=0.01, atol=0)
+    assert (made.codes == expected.codes).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -169,6 +169,8 @@ def _observe(stage: list[Unit], block: nn.Module, original: nn.Module | None, st
 
         for unit in stage:
             unit.observe(block, run, original, run_float if original is not None else None)
+    for unit in stage:
+        unit.sum_up()
 
 
 def _solve_unit(unit: Unit, block: nn.Module, name: str, options: Options, result: BlockResult) -> None:
@@ -222,6 +224,7 @@ def quantize_layer(model: nn.Module, name: str, streams: Streams, options: Optio
     unit = Linears([name])
     for number, x in enumerate(streams.made):
         unit.add(x, None if streams.float is None else streams.float[number])
+    unit.sum_up()
     result = BlockResult([], [], {})
     _solve_unit(unit, model, "", options, result)
     return result

@@ -17,6 +17,9 @@ from graftq.quant_linear.making.moments import Moments
 Run = Callable[[], Any]
 """Runs a block on one batch."""
 
+AT_ONCE = 2**26
+"""Numbers in the inputs that are added to moments at once, on a GPU."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -45,7 +48,10 @@ class Unit(Protocol):
         """What the report calls it."""
 
     def observe(self, block: nn.Module, run: Run, float_block: nn.Module | None, float_run: Run | None) -> None:
-        """Add one batch's inputs to the moments."""
+        """Add one batch's inputs to the moments, or let them wait."""
+
+    def sum_up(self) -> None:
+        """Add what waits, before any weight of the block changes."""
 
     def take(self) -> Moments:
         """The moments; they are forgotten here."""
@@ -60,12 +66,36 @@ class Unit(Protocol):
         """The projections."""
 
 
+class Waiting:
+    """Tokens of several batches, until adding them to moments is worth it.
+
+    A sum of moments writes matrices of K x K, however few the tokens. On a GPU this can take longer than the products.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        """Hold a batch: tensors of [tokens, ...]."""
+        self.held.append(tensors)
+
+    def take(self, is_all: bool) -> tuple[torch.Tensor, ...]:
+        """All that is held, joined; nothing if more is to come that there is room for."""
+        sizes = [batch[-1].numel() if batch[-1].is_cuda else AT_ONCE for batch in self.held]
+        if not sizes or not (is_all or sum(sizes) >= AT_ONCE):
+            return ()
+        joined = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.held, strict=True))
+        self.held = []
+        return joined
+
+
 class Linears:
     """Linear layers (or ``Conv1D``) that get the same inputs."""
 
     def __init__(self, names: list[str]):
         self.names = names
         self.moments: Moments | None = None
+        self.waiting = Waiting()
 
     @property
     def name(self) -> str:
@@ -85,7 +115,14 @@ class Linears:
         x = x.reshape(-1, x.shape[-1])
         if self.moments is None:
             self.moments = Moments(1, x.shape[1], x.device, with_drift=x_float is not None)
-        self.moments.add(x, None if x_float is None else x_float.reshape(x.shape))
+        self.waiting.add(x, *([] if x_float is None else [x_float.reshape(x.shape)]))
+        self.sum_up(is_all=False)
+
+    def sum_up(self, is_all: bool = True) -> None:
+        """Add what waits."""
+        if rows := self.waiting.take(is_all):
+            assert self.moments is not None
+            self.moments.add(*rows)
 
     def take(self) -> Moments:
         """The moments."""
@@ -138,34 +175,43 @@ class Experts:
         self.is_down = is_down
         self.name = f"{name}.{'down' if is_down else 'up'}"
         self.moments: Moments | None = None
+        self.waiting = Waiting()
+        self.modules: list[Any] = []
+        """In the quantized model, and in the float model if that is followed."""
 
     def observe(self, block: nn.Module, run: Run, float_block: nn.Module | None, float_run: Run | None) -> None:
         """Add one batch, each token to the experts that the quantized model sends it to."""
         experts: Any = block.get_submodule(self.container)
         hidden, index = _experts_input(experts, run)
-        float_experts: Any = None
-        hidden_float = hidden
+        self.modules, streams = [experts], [hidden]
         if float_block is not None and float_run is not None:
-            float_experts = float_block.get_submodule(self.container)
-            hidden_float = _experts_input(float_experts, float_run)[0]
-        weight = stacked(experts, self.is_down)
+            self.modules.append(float_block.get_submodule(self.container))
+            streams.append(_experts_input(self.modules[1], float_run)[0])
         if self.moments is None:
-            batch, _, width = weight.shape
-            self.moments = Moments(batch, width, hidden.device, with_drift=float_experts is not None)
-        for expert, tokens in enumerate(_by_expert(index, len(weight))):
+            batch, _, width = stacked(experts, self.is_down).shape
+            self.moments = Moments(batch, width, hidden.device, with_drift=len(streams) > 1)
+        self.waiting.add(index, *streams)
+        self.sum_up(is_all=False)
+
+    def sum_up(self, is_all: bool = True) -> None:
+        """Add what waits."""
+        rows = self.waiting.take(is_all)
+        if not rows:
+            return
+        assert self.moments is not None
+        index, *streams = rows
+        for expert, tokens in enumerate(_by_expert(index, len(self.moments.gram))):
             if not len(tokens):
                 continue
-            x = hidden[tokens]
-            x_float = None if float_experts is None else hidden_float[tokens]
+            found = [x[tokens] for x in streams]
             if self.is_down:
-                x = _inner(experts, expert, x)
-                x_float = None if x_float is None else _inner(float_experts, expert, x_float)
-            self.moments.add(x, x_float, expert)
+                found = [_inner(each, expert, x) for each, x in zip(self.modules, found, strict=True)]
+            self.moments.add(*found, index=expert)
 
     def take(self) -> Moments:
         """The moments, those of experts with few tokens leaning on all."""
         assert self.moments is not None
-        moments, self.moments = self.moments, None
+        moments, self.moments, self.modules = self.moments, None, []
         return moments.shrunk(moments.gram.shape[-1] / 4)
 
     def weight(self, block: nn.Module) -> torch.Tensor:
