@@ -134,10 +134,19 @@ def write_engine(name: str, rows: str, device: str) -> None:
 
 
 def write_quality(name: str) -> None:
-    """Distance to the float model over size, one curve for each maker of checkpoints."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    """Distance to the float model over size, a panel for each model and a curve for each maker of checkpoints."""
     rows = results("making.csv")
-    for maker, color in ((next(row["maker"] for row in rows if row["maker"] != "graftq"), PEER), ("graftq", GRAFTQ)):
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.2), layout="constrained")
+    for axis, model in zip(axes, models, strict=True):
+        quality_panel(axis, model, [row for row in rows if row["model"] == model])
+    axes[0].set(ylabel="KL to the float model, nats per token")
+    figure.savefig(DOCS / name, dpi=110)
+
+
+def quality_panel(axis: Any, model: str, rows: list[dict[str, str]]) -> None:
+    makers = dict.fromkeys(row["maker"] for row in rows)
+    for maker, color in zip(makers, (*(PEER, PLAIN)[: len(makers) - 1], GRAFTQ), strict=True):
         own = sorted((float(row["bits_per_weight"]), float(row["kl"])) for row in rows if row["maker"] == maker)
         axis.plot(*zip(*own, strict=True), "o-", color=color, label=maker)
     for row in rows:
@@ -146,11 +155,11 @@ def write_quality(name: str) -> None:
             group, place = "one group", {**place, "xytext": (-6, -8), "ha": "right"}
         if row["maker"] == "graftq":
             axis.annotate(f"{row['bits']} bits, {group}", (float(row["bits_per_weight"]), float(row["kl"])), **place)
-    axis.set(yscale="log", xlabel="bits per weight, scales and zero points included", xlim=(1.5, 9.3))
-    axis.set(ylabel="KL to the float model, nats per token", title="tiny Mixtral: nearer to the float model is lower")
+    widest = max(float(row["bits_per_weight"]) for row in rows)
+    axis.set(yscale="log", xlabel="bits per weight, scales and zero points included", xlim=(1.5, widest + 1))
+    axis.set(title=f"{model}: nearer to the float model is lower")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(DOCS / name, dpi=110)
 
 
 def main() -> None:
