@@ -4,9 +4,9 @@
     python benchmarks/generate.py FOLDER [--batches 1 4 8 32] [--modes eager static] [--csv FILE] [--plot FILE]
     torchrun --nproc-per-node 2 benchmarks/generate.py FOLDER    # tensor parallel: a GPU for each process, one prints
 
-Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); graphs (the
-same in CUDA graphs, which it does not use by itself where attention needs a mask); loop (eager, with experts one by
-one, as without a kernel for all of them; comes last, since it rearranges the model).
+Modes: eager; static (a static cache, which transformers compiles for); continuous (``generate_batch``); padded (the
+same, each step padded to fewer tokens and keys than by default); loop (eager, with experts one by one, as without a
+kernel for all of them; comes last, since it rearranges the model).
 A step's fraction is the time in which the weights it needs (packed, of the experts its tokens chose; a process's share
 of them) could be read at the bandwidth measured in the same run, over the time it took.
 """
@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from graftq.quant_linear.experts import QuantExperts
 
-BATCHED = ("continuous", "graphs")
+BATCHED = ("continuous", "padded")
 MODES = ("eager", "static", *BATCHED, "loop")
 PROMPT = 128
 LONG_PROMPT = 3696
@@ -166,8 +166,9 @@ def _generate(model: Any, inputs: torch.Tensor, count: int, mode: str = "eager")
     arguments["pad_token_id"] = 0
     if mode in BATCHED:
         config = transformers.GenerationConfig(eos_token_id=-1, **arguments)
-        batching = transformers.ContinuousBatchingConfig(use_cuda_graph=True if mode == "graphs" else None)
-        return model.generate_batch(inputs.tolist(), config, batching)
+        paddings = {"q_padding_interval_size": 16, "kv_padding_interval_size": 2048} if mode == "padded" else {}
+        batching = transformers.ContinuousBatchingConfig(**paddings)
+        return model.generate_batch(inputs.tolist(), config, batching, warmup=False)
     if mode == "static":
         arguments["cache_implementation"] = "static"
     return model.generate(inputs, attention_mask=torch.ones_like(inputs), **arguments)

@@ -33,6 +33,7 @@ CASES = [
     Experts(activation="unknown", norm=True),
     Experts(bits=3, group=-1, order="none"),
     Experts(bits=8, sym=False, group=16, order="some"),
+    *(Experts(bits=bits, scale=-0.02) for bits in (2, 3, 4, 8)),
     Experts(bits=2, hidden=72, inner=40, zero_offset=0, scales=torch.bfloat16),
     *JOINED.values(),
 ]

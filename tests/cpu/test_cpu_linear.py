@@ -58,6 +58,18 @@ def test_product(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("kept_as")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_of_both_signs(bits: int) -> None:
+    """As graftq makes them."""
+    shape = Shape(bits, act_order=True)
+    tensors = make(shape, scale=-0.01)
+    for dtype, tolerance in TOLERANCE.items():
+        for tokens in (1, 5, 48):
+            x = torch.randn(tokens, shape.k).to(dtype)
+            assert relative_error(multiply(x, tensors, shape), expected(x, tensors, shape.spec())) < tolerance
+
+
+@pytest.mark.usefixtures("kept_as")
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.bits == 8], ids=str)
 def test_eight_bits_either_way(shape: Shape) -> None:
     tensors = make(shape)

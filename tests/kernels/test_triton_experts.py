@@ -158,6 +158,12 @@ def test_extreme_scales_and_activations(scale: float, size: float, device: str):
     check(Experts(count=2, style="up", activation="relu", scale=scale), device, (1, 2), size=size)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_of_both_signs(bits: int, device: str):
+    """As graftq makes them."""
+    check(Experts(count=2, bits=bits, scale=-0.02), device, (1, 5))
+
+
 @pytest.mark.parametrize("view", ["transposed", "sliced", "int32"])
 def test_any_strides_and_integers(view: str, device: str):
     case = Experts(count=2)

@@ -118,6 +118,14 @@ def test_extreme_scales_and_activations(scale: float, size: float, device: str):
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["seq", "act"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_of_both_signs(bits: int, act_order: bool, device: str):
+    """As graftq makes them."""
+    for m in (1, 5, 40):
+        check(Shape(bits=bits, act_order=act_order), torch.randn(m, 256, device=device).half(), scale=-0.01)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["seq", "act"])
 def test_a_last_group_of_one_row(act_order: bool, device: str):
     for m in (1, 5):
         check(Shape(k=288, group=287, act_order=act_order, sym=False), torch.randn(m, 288, device=device).half())

@@ -54,7 +54,7 @@ class Shape:
 def make(
     shape: Shape, seed: int = 0, device: str = "cpu", codes: int | None = None, scale: float = 0.01
 ) -> GptqTensors:
-    """Fill a projection: random codes (or all equal ``codes``), scales around ``scale``."""
+    """Fill a projection: random codes (or all equal ``codes``), scales around ``scale``, of both signs if below 0."""
     generator = torch.Generator().manual_seed(seed)
     spec, levels = shape.spec(), 2**shape.bits
     q = torch.randint(0, levels, (shape.k, shape.n), generator=generator, dtype=torch.uint8)
@@ -64,6 +64,8 @@ def make(
     if shape.sym:
         zeros.fill_(levels // 2 - shape.zero_offset)
     scales = (torch.rand(spec.num_groups, shape.n, generator=generator) + 0.5) * scale
+    if scale < 0:
+        scales[:, ::2] *= -1
     g_idx = None
     if shape.act_order:
         shuffled = torch.randperm(shape.k, generator=generator)
