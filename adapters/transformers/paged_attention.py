@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 NAME = "torch_flash"
 """The implementation's name. transformers makes no masks, and uses CUDA graphs, for names with "flash" in them."""
+
+MORE = re.compile(r"^ +(s_aux|sinks|softcap|position_bias|indices|block_indices)=", re.MULTILINE)
+"""Arguments of attention functions that change what attention is."""
 
 WIDEST = 256
 """The widest head that it takes."""
@@ -31,7 +37,9 @@ def register() -> None:
 def can_attend(model: Any) -> bool:
     """Whether torch's flash attention does all that the attention of this model does."""
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "head_dim", None)
+    if width is None and (heads := getattr(config, "num_attention_heads", None)):
+        width = config.hidden_size // heads
     return (
         _kernel() is not None
         and model.device.type == "cuda"
@@ -39,11 +47,21 @@ def can_attend(model: Any) -> bool:
         and model.dtype in (torch.float16, torch.bfloat16)
         and bool(model._supports_flash_attn)
         and not getattr(model, "_compatible_flash_implementations", None)
+        and width is not None
         and width <= WIDEST
+        and width % 8 == 0
         and getattr(config, "v_head_dim", None) in (None, width)
-        and getattr(config, "attn_logit_softcapping", None) is None
-        and not any(hasattr(module, "sinks") for module in model.modules())
+        and not _asks_for_more(sys.modules[type(model).__module__])
     )
+
+
+@functools.cache
+def _asks_for_more(modeling: ModuleType) -> bool:
+    """Whether a model's code gives its attention something that is not in :func:`attend`."""
+    try:
+        return MORE.search(inspect.getsource(modeling)) is not None
+    except OSError:  # there is no source
+        return True
 
 
 @torch.compiler.disable
@@ -69,8 +87,8 @@ def attend(
         scaling: Of the products.
         cu_seq_lens_q, cu_seq_lens_k: int [sequences + 1], where the sequences begin; of the keys there may be a
             dictionary by the layer's type.
-        kwargs: ``max_length_q`` and ``max_length_k`` (``max_seqlen_q`` and ``max_seqlen_k`` before 5.19), and, before
-            5.19, the paged ``cache`` with its indices.
+        kwargs: ``max_length_q`` and ``max_length_k`` (``max_seqlen_q`` and ``max_seqlen_k`` before 5.19), the
+            ``sliding_window`` of some models, and, before 5.19, the paged ``cache`` with its indices.
 
     Returns:
         [1, tokens, heads, head_dim]; tokens behind the last sequence have no meaning.
@@ -78,7 +96,7 @@ def attend(
     longest_q, longest_k = (
         kwargs[f"max_length_{of}"] if f"max_length_{of}" in kwargs else kwargs[f"max_seqlen_{of}"] for of in "qk"
     )
-    window = getattr(module, "sliding_window", None)
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     if isinstance(cu_seq_lens_k, dict):
         kind = "sliding_attention" if window else "full_attention"
         cu_seq_lens_k, longest_k = cu_seq_lens_k[kind], longest_k[kind]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import write_pair
+from support.gptq import Recipe
 from support.loading import load
+from support.models import tiny
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
@@ -79,6 +84,14 @@ def varlen(
     return out
 
 
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "a window of 16 tokens": lambda: tiny("mistral", sliding_window=16),
+    "windows in some layers": lambda: tiny(
+        "qwen2", use_sliding_window=True, sliding_window=16, layer_types=["full_attention", "sliding_attention"]
+    ),
+}
+
+
 def answers(model: Any, **settings: Any) -> list[list[int]]:
     """Of prompts of several lengths, more than go into one batch."""
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17], list(range(20, 60))]
@@ -89,12 +102,16 @@ def answers(model: Any, **settings: Any) -> list[list[int]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with flash attention, CUDA graphs are for models on GPUs")
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "a window of 16 tokens", "windows in some layers"])
 def test_torchs_flash_attention_gives_the_tokens_of_sdpa(
-    name: str, originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    originals: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(continuous_batching, "_said", set())
-    model = load(originals[name])
+    model = load(originals[name] if name in originals else write_pair(tmp_path, WINDOWED[name](), Recipe()))
     before = model.config._attn_implementation
     expected = answers(model)
     used: list[int] = []
@@ -105,6 +122,45 @@ def test_torchs_flash_attention_gives_the_tokens_of_sdpa(
     assert used
     assert caplog.text.count("torch's flash attention") == 1
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("name", "is_left_alone"),
+    [
+        ("llama", False),
+        ("mixtral", False),
+        ("qwen3_moe", False),
+        ("gemma3", False),
+        ("gemma2", True),
+        ("gpt_oss", True),
+    ],
+)
+def test_models_whose_attention_is_more_than_that_are_left_alone(name: str, is_left_alone: bool) -> None:
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    assert paged_attention._asks_for_more(module) == is_left_alone
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen", "asked", "expected"),
+    [
+        ("sdpa", "sdpa", (True,), "torch_flash"),
+        ("sdpa", "paged|sdpa", (), "paged|torch_flash"),
+        ("sdpa", "sdpa", (False,), "sdpa"),
+        ("paged|sdpa", "paged|sdpa", (), "paged|sdpa"),
+        ("sdpa", "flash_attention_2", (True,), "flash_attention_2"),
+        ("eager", "paged|eager", (True,), "paged|eager"),
+    ],
+    ids=["by default", "before 5.19", "refused", "refused before 5.19", "its package is there", "eager"],
+)
+def test_what_the_caller_and_transformers_choose_stays(
+    given: str, chosen: str, asked: tuple[bool, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous_batching, "_can_switch", lambda model: True)
+    config = SimpleNamespace(_attn_implementation=given)
+    config.get_text_config = lambda: config
+    stock = lambda manager, model, *asked: setattr(config, "_attn_implementation", chosen)  # noqa: E731
+    continuous_batching._switch_attention(stock)(SimpleNamespace(), SimpleNamespace(config=config), *asked)
+    assert config._attn_implementation == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's flash attention is for GPUs")
