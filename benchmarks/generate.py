@@ -18,6 +18,7 @@ import io
 import os
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,11 @@ CATEGORIES = {
     "packed layers": ("matrix_kernel", "vector_kernel", "gather_kernel", "dequantize_kernel"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matmul": ("gemm", "gemv", "cutlass", "cublas", "splitk"),
+    "written by torch.compile": ("triton_",),
     "copies": ("memcpy", "memset", "copy"),
     "between GPUs": ("nccl",),
 }
-"""What a kernel's name contains, by what the kernel belongs to; all others are norms, rotary, router and the like."""
+"""What a kernel's name contains, by what it belongs to; torch.compile writes norms, rotary and writes to caches."""
 
 
 @dataclass(frozen=True)
@@ -243,17 +245,24 @@ def _breakdown(model: Any, mode: str, length: int, steps: int = 16) -> str:
             for event in events
             if event.device_type == torch.autograd.DeviceType.CUDA
         )
-        times: dict[str, float] = dict.fromkeys((*CATEGORIES, "other"), 0.0)
+        times: dict[str, float] = defaultdict(float)
         busy_until = 0.0
         for start, end, name in kernels:  # one may start before the last ends: time belongs to the first
-            times[_category(name)] += max(0.0, end - max(start, busy_until))
+            times[name] += max(0.0, end - max(start, busy_until))
             busy_until = max(busy_until, end)
         return times, len(kernels), sum(event.name == "cudaGraphLaunch" for event in events)
 
     (short, few, _), (long, many, replays) = profile(1), profile(1 + steps)
-    parts = ", ".join(f"{name} {(long[name] - short[name]) / steps:.0f}" for name in long)
-    count = (many - few) / steps
-    return f"  {mode}, batch 1, us a step on the device: {parts}; {count:.0f} kernels, {replays} graph launches in all"
+    each = {name: (time - short.get(name, 0.0)) / steps for name, time in long.items()}
+    kinds = dict.fromkeys((*CATEGORIES, "other"), 0.0)
+    for name, time in each.items():
+        kinds[_category(name)] += time
+    parts = ", ".join(f"{kind} {time:.0f}" for kind, time in kinds.items())
+    longest = "\n".join(
+        f"    {each[name]:7.1f} {name[:100]}" for name in sorted(each, key=lambda name: -each[name])[:15]
+    )
+    count = f"{(many - few) / steps:.0f} kernels, {replays} graph launches in all"
+    return f"  {mode}, batch 1, us a step on the device: {parts}; {count}; the longest:\n{longest}"
 
 
 def _category(name: str) -> str:
