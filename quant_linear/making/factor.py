@@ -93,6 +93,7 @@ def factorize(hessian: torch.Tensor, order: torch.Tensor, damp: float) -> Factor
         if float(shares.max()) > GREATEST_DAMP:
             raise ValueError("the Hessian cannot be factored, however much it is damped")
     unit = lower.flip(1, 2)
+    del lower
     roots = unit.diagonal(dim1=1, dim2=2).clone()
     unit /= roots[:, None]
     return Factor(hessian, split(hessian), unit, roots.square(), order, shares)

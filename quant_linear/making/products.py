@@ -36,7 +36,7 @@ def split(x: torch.Tensor, is_exact: bool = False) -> Split:
     if x.dtype != torch.float32 or not has_half_products(x.device):
         return Split((x,))
     high = x.to(torch.bfloat16)
-    return Split((high,) if is_exact else (high, (x - high).to(torch.bfloat16)))
+    return Split((high,) if is_exact else (high, torch.sub(x, high, out=torch.empty_like(high))))
 
 
 def product(left: Split, right: Split) -> torch.Tensor:

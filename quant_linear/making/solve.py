@@ -132,15 +132,18 @@ def solve(weight: torch.Tensor, moments: Moments, method: Method) -> Solution:
     place = by_curvature if method.order == "grouped" else stored  # where groups are made: they lie side by side here
     if method.order == "grouped":
         hessian = permuted(hessian, place)
-    factor = factorize(hessian, by_curvature if method.order == "static" else stored, method.damp)
     plain = weight.transpose(1, 2).contiguous()
+    del weight
     index = place[:, :, None].expand_as(plain)
+    pulled = None
+    if moments.drift is not None and method.drift:  # before there is a factor, whose matrices are as large
+        pulled = product(split((moments.drift / divisor).transpose(1, 2)), split(plain)).gather(1, index)
     target = plain.gather(1, index)
-    if moments.drift is not None and method.drift:
-        drift = split((moments.drift / divisor).transpose(1, 2))
-        pulled = product(drift, split(plain)).gather(1, index)
-        del drift
-        target = target + method.drift * factor.solve(pulled)
+    del plain
+    factor = factorize(hessian, by_curvature if method.order == "static" else stored, method.damp)
+    if pulled is not None:
+        target += method.drift * factor.solve(pulled)
+        del pulled
     search = _Search(target, factor, method)
     search.run()
     group = (stored // search.group_size).to(torch.int32)

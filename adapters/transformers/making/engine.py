@@ -22,7 +22,7 @@ from graftq.quant_linear.making.packed import pack
 from graftq.quant_linear.making.solve import Solution, solve
 from graftq.quant_linear.spec import QuantSpec
 
-LARGEST_BATCH = 2**28
+LARGEST_BATCH = 2**27
 """Numbers in the Hessians, or weights, of the layers that are solved for at once."""
 
 
