@@ -19,7 +19,6 @@ _said: set[str] = set()
 
 def patch_continuous_batching(module: ModuleType) -> None:
     """Choose the attention of a packed model's continuous batching, and look at the settings it starts with."""
-    paged_attention.register()
     replace_attribute(module.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch_attention)
     replace_attribute(module.ContinuousMixin, "init_continuous_batching", _look_at_settings)
 
@@ -33,6 +32,7 @@ def _switch_attention(original: Callable[..., Any]) -> Callable[..., Any]:
         chosen = str(model.config._attn_implementation)
         if given != "sdpa" or not chosen.endswith("sdpa") or not is_asked_for_flash or not _can_switch(model):
             return
+        paged_attention.register()
         name = f"{'paged|' if chosen.startswith('paged|') else ''}{paged_attention.NAME}"
         model.config.get_text_config()._attn_implementation = name  # the model's setter would look for a package
         self._original_attn_impl = given  # which transformers sets again at the end

@@ -16,6 +16,7 @@ from support.checkpoints import write_pair
 from support.gptq import Recipe
 from support.loading import load
 from support.models import tiny
+from support.processes import run
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api
 
@@ -175,6 +176,16 @@ def test_torchs_flash_attention_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert used
     monkeypatch.setattr(paged_attention, "can_attend", lambda model: False)
     assert made == answers(model)
+
+
+@pytest.mark.parametrize("first", ["AutoModelForCausalLM", "generation.utils", "modeling_utils"])
+def test_taken_over_in_any_order_of_imports(first: str) -> None:
+    """Of these modules some import the others before they are complete."""
+    import_first = f"from transformers import {first}" if "." not in first else f"import transformers.{first}"
+    code = f"{import_first}\nfrom transformers.generation.continuous_batching import continuous_api as api"
+    said = run("-c", f"{code}\nprint(api.ContinuousBatchingManager.switch_to_cb_friendly_attn.__code__.co_filename)")
+    assert said.stdout.strip() == continuous_batching.__file__
+    assert not said.stderr
 
 
 def test_taken_over() -> None:
