@@ -14,6 +14,7 @@ from support.gptq import dequantize
 from support.models import CONFIGS, logits, relative_error, tiny
 from transformers import AutoModelForCausalLM, GPTQConfig
 
+from graftq.adapters.transformers.making import units
 from graftq.adapters.transformers.making.blocks import check_chain, find_blocks
 from graftq.adapters.transformers.making.calibration import batches, token_rows
 from graftq.adapters.transformers.making.door import make, options_of
@@ -21,6 +22,7 @@ from graftq.adapters.transformers.making.options import Options
 from graftq.adapters.transformers.making.report import Row, as_csv, worst
 from graftq.quant_linear.experts import QuantExperts
 from graftq.quant_linear.linear import QuantLinear
+from graftq.quant_linear.making.moments import Moments
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"tie_word_embeddings": True}),
@@ -195,6 +197,28 @@ def test_padding_never_counts(saved):
     nothing = {"input_ids": [0] * 9, "attention_mask": [0] * 9}
     one, two = quantized(folder, dataset=plain), quantized(folder, dataset=[nothing, *padded])
     assert torch.equal(logits(one), logits(two))
+
+
+@pytest.mark.parametrize("true_sequential", [True, False], ids=["one after the other", "all at once"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt_oss"])
+def test_batches_that_wait_for_each_other_are_the_same_moments(
+    name: str, true_sequential: bool, saved, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a GPU; what was added to moments before weights changed is nothing else than what is added later."""
+    folder, rows = saved(name), [*ids(4, 24), *ids(4, 20), *ids(4, 18), *ids(2, 7)]
+    one = quantized(folder, dataset=rows, true_sequential=true_sequential)
+    added: list[int] = []
+    plain = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, x, *a, **k: added.append(len(x)) or plain(self, x, *a, **k))
+    quantized(folder, dataset=rows, true_sequential=true_sequential)
+    apart = len(added)
+    monkeypatch.setattr(units, "AT_ONCE", {"cpu": 64 * 150})
+    two = quantized(folder, dataset=rows, true_sequential=true_sequential)
+    assert len(added) - apart < apart
+    for before, after in zip(one.quantize_report, two.quantize_report, strict=True):
+        assert (after.layer, after.tokens) == (before.layer, before.tokens)
+        assert after.error == pytest.approx(before.error, rel=0.03)
+    assert relative_error(logits(two), logits(one)) < 0.05
 
 
 def test_without_a_dataset_the_error_says_so(saved):

@@ -17,8 +17,8 @@ from graftq.quant_linear.making.moments import Moments
 Run = Callable[[], Any]
 """Runs a block on one batch."""
 
-AT_ONCE = 2**26
-"""Numbers in the inputs that are added to moments at once, on a GPU."""
+AT_ONCE = {"cuda": 2**26}
+"""Numbers in the inputs that are added to moments at once, by type of device; each batch by itself on others."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Waiting:
 
     def take(self, is_all: bool) -> tuple[torch.Tensor, ...]:
         """All that is held, joined; nothing if more is to come that there is room for."""
-        sizes = [batch[-1].numel() if batch[-1].is_cuda else AT_ONCE for batch in self.held]
-        if not sizes or not (is_all or sum(sizes) >= AT_ONCE):
+        last = [batch[-1] for batch in self.held]
+        if not last or not (is_all or sum(x.numel() for x in last) >= AT_ONCE.get(last[0].device.type, 0)):
             return ()
         joined = tuple(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.held, strict=True))
         self.held = []
