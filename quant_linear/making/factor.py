@@ -40,20 +40,23 @@ class Factor:
         """``A^-1 right`` for ``right`` [batch, K, N]."""
         index = self.order[:, :, None].expand_as(right)
         found = right.gather(1, index)
-        unit, lower = self.unit, self.unit.transpose(1, 2)
-        ranges = [(first, min(first + BLOCK, len(unit[0]))) for first in range(0, len(unit[0]), BLOCK)]
-        for first, last in reversed(ranges):
-            block = found[:, first:last]
-            if last < len(unit[0]):
-                block -= product(split(unit[:, first:last, last:]), split(found[:, last:]))
-            block.copy_(torch.linalg.solve_triangular(unit[:, first:last, first:last], block, upper=True))
+        _substitute(self.unit, found, upper=True)
         found /= self.pivots[:, :, None]
-        for first, last in ranges:
-            block = found[:, first:last]
-            if first:
-                block -= product(split(lower[:, first:last, :first]), split(found[:, :first]))
-            block.copy_(torch.linalg.solve_triangular(lower[:, first:last, first:last], block, upper=False))
+        _substitute(self.unit.transpose(1, 2), found, upper=False)
         return torch.empty_like(right).scatter_(1, index, found)
+
+
+def _substitute(triangle: torch.Tensor, found: torch.Tensor, upper: bool) -> None:
+    """Replace ``found`` [batch, K, N] by ``triangle^-1 found``, block by block; ``triangle`` is [batch, K, K]."""
+    width = triangle.shape[1]
+    starts = range(0, width, BLOCK)
+    for first in reversed(starts) if upper else starts:
+        own = slice(first, min(first + BLOCK, width))
+        done = slice(own.stop, width) if upper else slice(0, first)
+        block = found[:, own]
+        if done.start < done.stop:
+            block -= product(split(triangle[:, own, done]), split(found[:, done]))
+        block.copy_(torch.linalg.solve_triangular(triangle[:, own, own], block, upper=upper))
 
 
 def normalized(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

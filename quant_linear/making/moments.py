@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graftq.quant_linear.making.products import HAS_OUT_DTYPE
+from graftq.quant_linear.making.products import has_half_products
 
 
 class Moments:
@@ -35,7 +35,7 @@ class Moments:
         if self.drift is not None and x_float is None:
             raise ValueError("drift is kept, and needs the float model's inputs")
         self.tokens[index] += len(x)
-        if _has_half_products(x):
+        if has_half_products(x.device, x.dtype):  # exact so, as the products of half-precision numbers are
             gram = torch.mm(x.T, x, out_dtype=torch.float32)
             if self.drift is not None and x_float is not None:
                 self.drift[index].add_(torch.mm(x_float.to(x.dtype).T, x, out_dtype=torch.float32).sub_(gram))
@@ -72,8 +72,3 @@ class Moments:
         mixed.drift = None if self.drift is None else mix(self.drift)
         mixed.tokens = self.tokens
         return mixed
-
-
-def _has_half_products(x: torch.Tensor) -> bool:
-    """Whether ``x`` is multiplied as it is, summing in float32: its products are exact so, and many times as fast."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and HAS_OUT_DTYPE

@@ -33,7 +33,7 @@ def split(x: torch.Tensor, is_exact: bool = False) -> Split:
         x: [batch, rows, columns], float32 or float64.
         is_exact: Whether bfloat16 holds each of its numbers, as it does those from -256 to 256 that are whole.
     """
-    if x.dtype != torch.float32 or not has_half_products(x.device):
+    if x.dtype != torch.float32 or not has_half_products(x.device, torch.bfloat16):
         return Split((x,))
     high = x.to(torch.bfloat16)
     return Split((high,) if is_exact else (high, torch.sub(x, high, out=torch.empty_like(high))))
@@ -64,6 +64,10 @@ def _add(out: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> t
 
 
 @cache
-def has_half_products(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices to float32 ones, many times as fast as those of float32."""
-    return HAS_OUT_DTYPE and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_half_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of ``dtype`` to float32 ones, many times as fast as those of float32."""
+    if device.type != "cuda" or not HAS_OUT_DTYPE:
+        return False
+    return dtype == torch.float16 or (
+        dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)  # which has units for it
+    )

@@ -140,7 +140,7 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return made if out is None else out.add_(made)
 
     monkeypatch.setattr(products, "_add", add)
-    monkeypatch.setattr(products, "has_half_products", lambda device: True)
+    monkeypatch.setattr(products, "has_half_products", lambda device, dtype: True)
 
 
 @pytest.mark.parametrize("is_exact", [False, True], ids=["both in two parts", "codes in one"])
@@ -159,7 +159,7 @@ def test_products_of_parts_give_solutions_as_good(order: str, sym: bool, half_pr
     weight, moments = weights(2, 48, 256), moments_of(2, 256, drifting=True)
     made = solve(weight, moments, Method(3, 64, sym, order))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "has_half_products", lambda device: False)
+        patch.setattr(products, "has_half_products", lambda device, dtype: False)
         expected = solve(weight, moments, Method(3, 64, sym, order))
     torch.testing.assert_close(made.error, expected.error, rtol=0.01, atol=0)
     assert (made.codes == expected.codes).float().mean() > 0.99
